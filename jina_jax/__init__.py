@@ -1,0 +1,23 @@
+"""jina-embeddings-v3 in JAX."""
+
+from jina_jax._version import __version__
+from jina_jax.checkpoint import load, save
+from jina_jax.config import TASKS, Config
+from jina_jax.lora import merge
+from jina_jax.model import Model, Output
+from jina_jax.pooling import normalize, truncate
+from jina_jax.tensors import CheckpointError
+
+__all__ = [
+    "TASKS",
+    "CheckpointError",
+    "Config",
+    "Model",
+    "Output",
+    "__version__",
+    "load",
+    "merge",
+    "normalize",
+    "save",
+    "truncate",
+]

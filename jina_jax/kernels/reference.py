@@ -1,0 +1,45 @@
+"""Attention in its shortest form: the definition that every other implementation is tested against."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from jina_jax.kernels.dropout import keep
+
+
+def reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    segments: Int[Array, "B T"],
+    seed: UInt32[Array, "2"],
+    rate: float,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v within each segment (Vaswani et al., 2017, equation 1).
+
+    Holds all B N T^2 scores at once.
+
+    Args:
+        q: Queries, already rotated.
+        k: Keys, already rotated.
+        v: Values.
+        segments: 0 for padding; tokens see those of the same segment.
+        seed: Two words for dropout.
+        rate: Share of probabilities to drop.
+
+    Returns:
+        Weighted values in the type of `v`; zeros for padding.
+    """
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dot = lambda pattern, x, y: jnp.einsum(  # noqa: E731
+        pattern, x, y, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = dot("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
+    visible = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
+    visible = visible[:, None]
+    top = jnp.max(jnp.where(visible, scores, -1e30), axis=-1, keepdims=True)
+    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
+    weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+    if rate:
+        weights = jnp.where(keep(seed, weights.shape, rate, 0, 0), weights / (1 - rate), 0.0)
+    return dot("BNTS,BSNH->BTNH", weights.astype(v.dtype), v).astype(v.dtype)
