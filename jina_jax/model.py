@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jina_jax import pooling, rope
 from jina_jax.config import Config
-from jina_jax.kernels import attention
+from jina_jax.kernels.attention import attention
 from jina_jax.lora import Adapters, LoRADense, LoRAEmbed, dot
 
 Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
