@@ -326,6 +326,7 @@ def _translate(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{name}: not a configuration of this model:\n  " + "\n  ".join(problems))
 
     fields = {attribute: raw[key] for key, attribute in _KEYS.items() if key in raw}
+    fields |= {name: float(value) for name, value in fields.items() if isinstance(getattr(Config, name), float)}
     fields["tasks"] = tasks
     fields["prompts"] = tuple(instructions.get(task, "") for task in tasks)
     # transformers ignores rotary_emb_base in the files it reads, so the first of these that is there wins.

@@ -37,7 +37,9 @@ def reference(
     scores = dot("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
     visible = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
     visible = visible[:, None]
-    top = jnp.max(jnp.where(visible, scores, -1e30), axis=-1, keepdims=True)
+    # Masked before the exponential too: a row without keys would otherwise overflow, and its gradient be NaN.
+    scores = jnp.where(visible, scores, -1e30)
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
     weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
     if rate:
