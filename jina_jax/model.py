@@ -22,6 +22,8 @@ from jina_jax.config import Config
 from jina_jax.kernels.attention import attention
 from jina_jax.lora import Adapters, LoRADense, LoRAEmbed, dot
 
+# What callers may pass: traced, on a device, or on the host.
+In = Array | np.ndarray
 Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
 
@@ -183,13 +185,13 @@ class Model(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
-        task: str | Int[Array, "..."] | None = None,
+        tokens: Int[In, "B T"],
+        mask: Bool[In, "B T"] | Int[In, "B T"] | None = None,
+        task: str | Int[In, "..."] | None = None,
         *,
-        segments: Int[Array, "B T"] | None = None,
+        segments: Int[In, "B T"] | None = None,
         num_texts: int | None = None,
-        token_types: Int[Array, "B T"] | None = None,
+        token_types: Int[In, "B T"] | None = None,
         train: bool = False,
     ) -> Output:
         """Embed a batch of token rows.
@@ -213,12 +215,12 @@ class Model(nn.Module):
         """
         if segments is not None and mask is not None:
             raise ValueError("give mask or segments, not both (0 in segments is padding)")
+        # NumPy arrays become JAX's at the door; None has no leaves.
+        tokens, mask, segments, token_types = jax.tree.map(jnp.asarray, (tokens, mask, segments, token_types))
         adapters, num_texts = _read_task(self.config, tokens, task, segments, num_texts)
-        if mask is not None:
-            mask = mask != 0
-        # A mask is one segment per row; no mask at all lets attention skip the comparison.
-        ids = segments if mask is None else mask.astype(jnp.int32)
         types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
+        # A mask is one segment per row; no mask at all lets attention skip the comparison.
+        ids = segments if mask is None else mask.astype(bool).astype(jnp.int32)
 
         x = self.embed(tokens, types, adapters, train)
         self.sow("intermediates", "embedded", x)
@@ -230,11 +232,11 @@ class Model(nn.Module):
             assert num_texts is not None
             pooled = pooling.mean_pool_packed(x, segments, num_texts)
         else:
-            pooled = pooling.mean_pool(x, jnp.ones(tokens.shape, bool) if mask is None else mask)
+            pooled = pooling.mean_pool(x, jnp.ones(tokens.shape, bool) if ids is None else ids > 0)
         return Output(hidden=x, pooled=pooled, embeddings=pooling.normalize(pooled))
 
     def pooler_output(
-        self, hidden: Float[Array, "B T D"], task: str | Int[Array, "B"] | None = None
+        self, hidden: Float[In, "B T D"], task: str | Int[In, "B"] | None = None
     ) -> Float[Array, "B D"]:
         """The checkpoint's pooler, tanh(dense(first token)), which embeddings do not use.
 
@@ -250,11 +252,11 @@ class Model(nn.Module):
         """
         if not self.config.pooler:
             raise ValueError("this model has no pooler (Config.pooler is False)")
-        first = hidden[:, :1]
+        first = jnp.asarray(hidden)[:, :1]
         adapters, _ = _read_task(self.config, first[:, :, 0], task, None, None)
         return jnp.tanh(self.pooler(first, adapters)[:, 0])
 
-    def mlm_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def mlm_logits(self, hidden: Float[In, "B T D"]) -> Float[Array, "B T V"]:
         """Scores over the vocabulary for the given token vectors (gather the masked positions first: V is large).
 
         Args:
@@ -268,9 +270,9 @@ class Model(nn.Module):
         """
         if not self.config.mlm_head:
             raise ValueError("this model has no MLM head; load it with mlm_head=True")
-        return self.mlm_head(hidden, self.embed.words.embedding)
+        return self.mlm_head(jnp.asarray(hidden), self.embed.words.embedding)
 
-    def _rope(self, length: int, segments: Int[Array, "B T"] | None) -> Rope:
+    def _rope(self, length: int, segments: Int[In, "B T"] | None) -> Rope:
         """Rotary tables of every token: shared by all rows, or by position within the text for packed rows."""
         config = self.config
         cos, sin = map(jnp.asarray, rope.tables(length, config.head_dim, config.rope_base))
@@ -309,7 +311,7 @@ _POLICIES = {
 }
 
 
-def _positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def _positions(segments: Int[In, "B T"]) -> Int[Array, "B T"]:
     """Position of each token within its text."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -319,9 +321,9 @@ def _positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 def _read_task(
     config: Config,
-    tokens: Array,
-    task: str | Array | None,
-    segments: Array | None,
+    tokens: In,
+    task: str | In | None,
+    segments: In | None,
     num_texts: int | None,
 ) -> tuple[Adapters, int | None]:
     """One-hot rows over the adapters, [B, 1, K] or [B, T, K], and the number of packed texts."""

@@ -31,13 +31,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="only write the original layout to --directory")
     options = parser.parse_args()
+    if options.write:
+        write_checkpoints(options.directory, ("original",))
+        return
     if options.case:
         print(json.dumps(run_case(options.case, options.directory)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.directory or Path(temporary)
-        write_checkpoints(directory)
+        write_checkpoints(directory, ("original", "hf"))
         results: dict[str, list[dict]] = {}
         for _ in range(options.rounds):
             for case in OURS + THEIRS:
@@ -59,8 +63,8 @@ def main() -> None:
         options.json.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def write_checkpoints(directory: Path) -> None:
-    """Random checkpoints in both public layouts, unless they are there."""
+def write_checkpoints(directory: Path, layouts: tuple[str, ...]) -> None:
+    """Random checkpoints of the real size, unless they are there."""
     import jax
 
     from jina_jax import Config, Model, save
@@ -70,7 +74,7 @@ def write_checkpoints(directory: Path) -> None:
     config = Config(param_dtype=ml_dtypes.bfloat16)
     rng = np.random.default_rng(0)
     with jax.default_device(jax.devices("cpu")[0]):
-        for layout in ("original", "hf"):
+        for layout in layouts:
             if not (directory / layout).exists():
                 leaves = {path: random_bfloat16(rng, shape) for path, shape in parameter_shapes(config).items()}
                 save(directory / layout, Model(config), {"params": _nest(leaves)}, layout=layout)

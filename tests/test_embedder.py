@@ -1,0 +1,293 @@
+from pathlib import Path
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+from conftest import random_variables
+from numerics import EMBEDDING, assert_close
+
+import jina_jax
+from jina_jax import batching
+from jina_jax.tokenizer import load_tokenizer
+
+MINI = Path(jina_jax.__file__).parent / "mini"
+PROMPTS = ("Find what answers: ", "A document: ", "", "", "")
+TASKS = (None, *jina_jax.TASKS)
+WORDS = ["river", "Haus", "図書館", "مكتبة", "music", "Übung", "of", "the", "12", "café,", "библиотека", "sleeps."]
+
+
+def make_config(**changes):
+    """A small model with the vocabulary of the bundled one, prompts, and a limit that tests reach."""
+    small = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 130,
+        "matryoshka_dimensions": (16, 32, 64),
+        "prompts": PROMPTS,
+    }
+    return jina_jax.Config.from_json(MINI / "config.json", **(small | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint whose adapters differ."""
+    model = jina_jax.Model(make_config())
+    path = tmp_path_factory.mktemp("models") / "small"
+    return jina_jax.save(path, model, random_variables(model), layout="original", tokenizer=MINI)
+
+
+@pytest.fixture(scope="module")
+def embedder(folder):
+    return jina_jax.Embedder.load(folder)
+
+
+def draw_texts(count, seed=0, longest=40):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(0, longest))) for _ in range(count)]
+
+
+def reference(embedder, text, task, dimensions=None, normalize=True, prompts=True):
+    """The documented order of operations, one text at a time, without padding, pooled and cut in float64."""
+    config = embedder.config
+    prompt = "" if task is None or not prompts else config.prompts[config.tasks.index(task)]
+    ids = load_tokenizer(MINI).encode(prompt + text).ids
+    if len(ids) > config.max_tokens:
+        ids = np.append(ids[: config.max_tokens - 1], ids[-1])
+    hidden = np.asarray(embedder.model.apply(embedder.variables, ids[None], None, task).hidden, np.float64)
+    vector = hidden[0].mean(axis=0)[:dimensions]
+    return vector / np.linalg.norm(vector) if normalize else vector
+
+
+# ---- Laws ------------------------------------------------------------------------------------------------------
+
+
+def test_the_documented_order_of_operations(embedder):
+    texts = ["", *draw_texts(8), " ".join(WORDS * 30)]
+    for task in TASKS:
+        found = embedder.encode(texts, task=task)
+        assert found.dtype == np.float32
+        assert_close(found, np.stack([reference(embedder, text, task) for text in texts]), EMBEDDING)
+
+
+def test_a_batch_equals_its_texts_alone_whatever_its_shape(embedder):
+    texts = draw_texts(40)
+    alone = np.stack([embedder.encode(text, task="separation") for text in texts])
+    for batch_tokens in (1, 64, 300, 4096, None):
+        found = embedder.encode(texts, task="separation", batch_tokens=batch_tokens)
+        assert_close(found, alone, EMBEDDING)
+    order = np.random.default_rng(0).permutation(len(texts))
+    assert_close(embedder.encode([texts[i] for i in order], task="separation"), alone[order], EMBEDDING)
+
+
+def test_mixed_tasks_equal_each_alone(embedder):
+    texts, rng = draw_texts(30), np.random.default_rng(1)
+    tasks = [TASKS[i] for i in rng.integers(0, len(TASKS), len(texts))]
+    assert set(tasks) == set(TASKS)
+    mixed = embedder.encode(texts, task=tasks)
+    for task in TASKS:
+        rows = [i for i, other in enumerate(tasks) if other == task]
+        assert_close(mixed[rows], embedder.encode([texts[i] for i in rows], task=task), EMBEDDING)
+
+
+def test_tasks_differ_by_adapter_and_by_prompt(embedder):
+    found = {task: embedder.encode("a text", task=task) for task in TASKS}
+    bare = {task: embedder.encode("a text", task=task, prompts=False) for task in TASKS}
+    for index, task in enumerate(TASKS):
+        for other in TASKS[:index]:
+            assert np.abs(bare[task] - bare[other]).max() > 0.01
+        assert_close(bare[task], reference(embedder, "a text", task, prompts=False), EMBEDDING)
+        has_prompt = task in ("retrieval.query", "retrieval.passage")
+        assert (np.abs(bare[task] - found[task]).max() > 0.01) == has_prompt
+    by_hand = embedder.encode(PROMPTS[0] + "a text", task="retrieval.query", prompts=False)
+    assert_close(found["retrieval.query"], by_hand, 0)
+
+
+def test_cut_first_then_normalise(embedder):
+    texts = draw_texts(6)
+    for dimensions in (1, 7, 32, 64):
+        found = embedder.encode(texts, task="classification", dimensions=dimensions)
+        assert found.shape == (6, dimensions)
+        expected = np.stack([reference(embedder, text, "classification", dimensions) for text in texts])
+        assert_close(found, expected, EMBEDDING)
+        assert_close(np.linalg.norm(found.astype(np.float64), axis=1), np.ones(6), 1e-6)
+
+
+def test_without_normalisation(embedder):
+    text = draw_texts(3)[2]
+    found = embedder.encode(text, normalize=False, dimensions=20)
+    assert_close(found, reference(embedder, text, None, 20, normalize=False), 1e-5)
+    assert abs(np.linalg.norm(found) - 1) > 0.01
+
+
+def test_compiled_shapes_are_bounded_over_any_lengths_and_mixtures_of_tasks(folder):
+    embedder, rng = jina_jax.Embedder.load(folder), np.random.default_rng(0)
+    for seed in range(40):
+        texts = draw_texts(rng.integers(1, 20), seed, longest=rng.integers(1, 60))
+        tasks = [TASKS[i] for i in rng.integers(0, len(TASKS), len(texts))]
+        embedder.encode(
+            texts, task=tasks if seed % 3 else tasks[0], dimensions=int(rng.integers(1, 65)), batch_tokens=128
+        )
+    bound = len(batching.shapes(embedder.config.max_tokens, 128))
+    assert 3 <= embedder._pooled._cache_size() <= bound == 16
+
+
+def test_the_same_call_gives_the_same_bits(embedder):
+    texts = draw_texts(20)
+    np.testing.assert_array_equal(embedder.encode(texts), embedder.encode(texts))
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_kinds_of_input(embedder):
+    texts = ["one", "two words"]
+    expected = embedder.encode(texts)
+    assert expected.shape == (2, 64)
+    assert embedder.encode("one").shape == (64,)
+    assert embedder.encode(["one"]).shape == (1, 64)
+    assert embedder.dimensions == 64
+    for same in (tuple(texts), np.array(texts), iter(texts), (text for text in texts), dict.fromkeys(texts).keys()):
+        np.testing.assert_array_equal(embedder.encode(same), expected)
+    np.testing.assert_array_equal(
+        embedder.encode(texts, task=np.array(["separation"] * 2)), embedder.encode(texts, task="separation")
+    )
+
+
+def test_nothing_to_encode(embedder):
+    for task in (None, [], "separation"):
+        found = embedder.encode([], task=task, dimensions=5)
+        assert found.shape == (0, 5)
+        assert found.dtype == np.float32
+
+
+def test_unusual_texts(embedder):
+    texts = ["", " ", "\n\t", "\x00", "\ud800", "🧑‍🚀", "\u202eabc", "<s></s><pad>", "a" * 10_000]
+    found = embedder.encode(texts)
+    assert_close(np.linalg.norm(found.astype(np.float64), axis=1), np.ones(len(texts)), 1e-6)
+    assert_close(found[1], found[0], EMBEDDING)
+
+
+def test_default_dimensions_come_from_the_configuration(embedder):
+    config = embedder.config.replace(truncate_dim=24)
+    cut = jina_jax.Embedder(jina_jax.Model(config), embedder.variables, embedder.tokenizer)
+    assert cut.dimensions == 24
+    assert_close(cut.encode("a text"), embedder.encode("a text", dimensions=24), 0)
+    assert cut.encode("a text", dimensions=64).shape == (64,)
+
+
+def test_truncation_can_be_refused(embedder):
+    limit = embedder.config.max_tokens
+    assert limit == 128
+    fits, long = " ".join(["of"] * (limit - 2)), " ".join(["of"] * (limit - 1))
+    np.testing.assert_array_equal(embedder.encode([fits], truncate=False), embedder.encode([fits]))
+    np.testing.assert_array_equal(embedder.encode([fits]), embedder.encode([long]))
+    with pytest.raises(ValueError, match="text 1 has 129 tokens, the model takes 128"):
+        embedder.encode([fits, long, long], truncate=False)
+    # The prompt counts.
+    with pytest.raises(ValueError, match="text 0 has"):
+        embedder.encode(fits, task="retrieval.query", truncate=False)
+
+
+def test_a_text_may_be_longer_than_the_budget_of_a_batch(embedder):
+    texts = [" ".join(["of"] * 100), "short"]
+    assert_close(embedder.encode(texts, batch_tokens=20), embedder.encode(texts), EMBEDDING)
+
+
+@pytest.mark.parametrize("task", ["retrieval", ["separation", "nope"], ["", None]])
+def test_unknown_tasks_list_the_known_ones(embedder, task):
+    with pytest.raises(ValueError, match="unknown task .*retrieval.query, retrieval.passage, separation"):
+        embedder.encode(["a", "b"], task=task)
+    if isinstance(task, str):
+        with pytest.raises(ValueError, match="unknown task"):
+            embedder.encode([], task=task)
+
+
+def test_one_task_for_each_text(embedder):
+    with pytest.raises(ValueError, match="task has 1 entries for 2 texts"):
+        embedder.encode(["a", "b"], task=["separation"])
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, 65, True])
+def test_dimensions_out_of_range(embedder, dimensions):
+    with pytest.raises(ValueError, match="must be a whole number from 1 to 64"):
+        embedder.encode("a", dimensions=dimensions)
+
+
+def test_batch_tokens_out_of_range(embedder):
+    with pytest.raises(ValueError, match="batch_tokens=0 must be at least 1"):
+        embedder.encode("a", batch_tokens=0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Users have no type checker in front of these functions."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("texts", [b"bytes", {"a": 1}, {"a", "b"}, 7, None])
+def test_what_is_no_sequence_of_texts(embedder, texts):
+    with pytest.raises(TypeError, match="must be a str or a sequence of them"):
+        embedder.encode(texts)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("texts", [["a", b"b"], ["a", None], ("a", 3), np.array([["a"], ["b"]])])
+def test_what_is_no_text_is_named_by_position(embedder, texts):
+    with pytest.raises(TypeError, match=r"texts\[[01]\] is \w+, must be str"):
+        embedder.encode(texts)
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------
+
+
+def test_loading_with_another_type(folder, embedder):
+    rounded = jina_jax.Embedder.load(folder, dtype=jax.numpy.bfloat16)
+    assert rounded.config.dtype == jax.numpy.bfloat16
+    texts = draw_texts(5)
+    found = rounded.encode(texts, task="text-matching")
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    assert 0 < np.abs(found - embedder.encode(texts, task="text-matching")).max() < 0.05
+
+
+def test_overrides_reach_the_configuration(folder):
+    assert jina_jax.Embedder.load(folder, max_position_embeddings=22).config.max_tokens == 20
+
+
+def test_a_model_without_adapters():
+    model = jina_jax.Model(make_config(tasks=(), prompts=()))
+    embedder = jina_jax.Embedder(model, random_variables(model), load_tokenizer(MINI))
+    assert_close(embedder.encode("a text"), reference(embedder, "a text", None), EMBEDDING)
+    with pytest.raises(ValueError, match="this model has no adapters"):
+        embedder.encode("a text", task="separation")
+
+
+def test_a_tokenizer_of_another_model():
+    model = jina_jax.Model(make_config(vocab_size=100))
+    with pytest.raises(ValueError, match="32000 ids, the model's table 100 rows"):
+        jina_jax.Embedder(model, {}, load_tokenizer(MINI))
+
+
+def test_no_such_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        jina_jax.Embedder.load(tmp_path / "nothing")
+
+
+def test_progress_is_shown_for_several_batches_only(embedder, capsys):
+    embedder.encode(["a", "b"], progress=True)
+    assert capsys.readouterr().err == ""
+    embedder.encode(draw_texts(30), progress=True, batch_tokens=64)
+    assert "30/30" in capsys.readouterr().err
+
+
+def test_the_bundled_model_is_the_default():
+    embedder = jina_jax.Embedder.load()
+    english, german, other = embedder.encode(["The dog sleeps.", "Der Hund schläft.", "Taxes rose again last year."])
+    assert english @ german > english @ other + 0.05
