@@ -203,14 +203,10 @@ def peft_adapter(directory: Path, base: Path, **options) -> Path:
     """An adapter as PEFT saves it after training: random A and B, apart for q, k and v."""
     import torch
     from peft import LoraConfig, get_peft_model
-
-    from convert.hf_reference import load_hf
+    from transformers import JinaEmbeddingsV3Model
 
     torch.manual_seed(1)
-    model = load_hf(base)
-    for name in list(model.peft_config):
-        model.delete_adapter(name)
-    adapted = get_peft_model(model, LoraConfig(**options))
+    adapted = get_peft_model(JinaEmbeddingsV3Model.from_pretrained(base), LoraConfig(**options))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -218,7 +214,8 @@ def peft_adapter(directory: Path, base: Path, **options) -> Path:
     return directory
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+# 2026-11: peft 0.21 asks transformers 5.23 for a name that it is about to lose.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "options",
     [
@@ -246,17 +243,17 @@ def test_a_users_own_adapter_becomes_a_task(data, tmp_path, layout, options):
         wanted = theirs(torch.tensor(tokens).long()).last_hidden_state.numpy()
     assert_close(model.apply(variables, tokens, None, "my-domain").hidden, wanted, HIDDEN)
 
+    # The released tasks are what they were: all of them and none, in one batch.
     released, expected = jina_jax.load(base)
-    for task in (None, *TASKS):
-        wanted = released.apply(expected, tokens, None, task).embeddings
-        assert_close(model.apply(variables, tokens, None, task).embeddings, wanted, EMBEDDING)
+    rows, tasks = np.repeat(tokens[:1], 6, axis=0), np.arange(-1, 5, dtype=np.int32)
+    wanted = released.apply(expected, rows, None, tasks).embeddings
+    assert_close(model.apply(variables, rows, None, tasks).embeddings, wanted, EMBEDDING)
 
     # And back out, to both public layouts.
+    wanted = model.apply(variables, tokens, None, "my-domain").embeddings
     for target in ("original", "hf"):
-        saved = jina_jax.save(tmp_path / target, model, variables, layout=target)
-        again, reloaded = jina_jax.load(saved)
-        out = again.apply(reloaded, tokens, None, "my-domain" if target == "original" else "my_domain")
-        assert_close(out.embeddings, model.apply(variables, tokens, None, "my-domain").embeddings, EMBEDDING)
+        again, reloaded = jina_jax.load(jina_jax.save(tmp_path / target, model, variables, layout=target))
+        assert_close(again.apply(reloaded, tokens, None, "my-domain").embeddings, wanted, EMBEDDING)
 
 
 def test_adapters_that_are_more_than_lora_are_refused(checkpoint):

@@ -131,7 +131,7 @@ def test_a_name_is_its_index(tiny, run, task):
 
 def test_minus_one_equals_none_equals_adapters_of_zero(tiny, run):
     _, tokens, mask, task, _ = draw(0)
-    model, variables = tiny
+    _, variables = tiny
     bare = run(variables, tokens, mask)
     assert_close(run(variables, tokens, mask, np.full(ROWS, -1, np.int32)).hidden, bare.hidden, 2e-6)
     zero = jax.tree_util.tree_map_with_path(
