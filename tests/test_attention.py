@@ -21,16 +21,18 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(blockwise_module, "BLOCK", 64)
 
 
+def turn(numpy, x, cos, sin):
+    """Rotate the two halves of each head."""
+    first, second = numpy.split(x, 2, axis=-1)
+    return numpy.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
 def exact(q, k, v, segments, tables=None):
     """The definition in float64, one row and head at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     if tables is not None:
         cos, sin = (np.asarray(table, np.float64)[:, :, None] for table in tables)
-        half = q.shape[-1] // 2
-        turn = lambda x: np.concatenate(  # noqa: E731
-            [x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1
-        )
-        q, k = turn(q), turn(k)
+        q, k = turn(np, q, cos, sin), turn(np, k, cos, sin)
     out = np.zeros_like(v)
     for b in range(q.shape[0]):
         for segment in set(segments[b].tolist()) - {0}:
@@ -94,11 +96,8 @@ def test_forward_and_gradients_equal_the_definition(implementation, seed, B, T, 
 def definition(q, k, v, segments, tables):
     """The definition once more, for JAX to differentiate in float64."""
     if tables is not None:
-        half, (cos, sin) = q.shape[-1] // 2, (table[:, :, None] for table in tables)
-        turn = lambda x: jnp.concatenate(  # noqa: E731
-            [x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1
-        )
-        q, k = turn(q), turn(k)
+        cos, sin = (table[:, :, None] for table in tables)
+        q, k = turn(jnp, q, cos, sin), turn(jnp, k, cos, sin)
     segments = jnp.asarray(segments)
     visible = (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
@@ -118,9 +117,7 @@ def test_what_stands_in_padding_reaches_neither_result_nor_gradient(implementati
     clean = [np.where(segments[:, :, None, None] > 0, x, 0).astype(np.float32) for x in (q, k, v)]
     np.testing.assert_array_equal(run(*map(jnp.asarray, dirty)), run(*map(jnp.asarray, clean)))
     gradients = jax.grad(lambda *x: run(*x).sum(), argnums=(0, 1, 2))
-    for actual, expected in zip(
-        gradients(*map(jnp.asarray, dirty)), gradients(*map(jnp.asarray, clean)), strict=True
-    ):
+    for actual, expected in zip(gradients(*map(jnp.asarray, dirty)), gradients(*map(jnp.asarray, clean)), strict=True):
         assert_close(actual, expected, 0)
 
 
@@ -139,9 +136,7 @@ def test_dropout_drops_the_same_probabilities_everywhere():
     q, k, v, segments = (jnp.asarray(x) for x in draw_inputs(0, 2, 150, 3, 16, "packed"))
 
     def run(implementation, key, q=q, k=k, v=v, rate=0.3):
-        return attention(
-            q, k, v, segments=segments, dropout_rate=rate, dropout_key=key, implementation=implementation
-        )
+        return attention(q, k, v, segments=segments, dropout_rate=rate, dropout_key=key, implementation=implementation)
 
     key = jax.random.key(0)
     assert_close(run("blockwise", key), run("reference", key), 2 * ATTENTION)
@@ -156,9 +151,7 @@ def test_dropout_has_the_rate_and_the_mean_it_should():
     # With equal scores and values of one, each output is the share of keys that survive over (1 - rate).
     T, rate = 400, 0.25
     flat = jnp.zeros((4, T, 4, 8))
-    out = attention(
-        flat, flat, flat + 1, dropout_rate=rate, dropout_key=jax.random.key(3), implementation="reference"
-    )
+    out = attention(flat, flat, flat + 1, dropout_rate=rate, dropout_key=jax.random.key(3), implementation="reference")
     kept = np.asarray(out)[..., 0] * (1 - rate)
     total = kept.size * T
     assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / total)
