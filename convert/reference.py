@@ -135,9 +135,7 @@ def embed(pooled: Tensor, dimensions: int | None = None) -> Tensor:
     return functional.normalize(_at_least_fp32(pooled)[:, :dimensions], dim=-1, eps=1e-12)
 
 
-def _run(
-    state: State, config: Config, ids: Tensor, mask: Tensor, task: int | None, dtype: torch.dtype
-) -> Result:
+def _run(state: State, config: Config, ids: Tensor, mask: Tensor, task: int | None, dtype: torch.dtype) -> Result:
     """Run all rows with one task's weights; the arguments are those of `forward`."""
     if task is not None and not -1 <= task < len(config["lora_adaptations"]):
         raise ValueError(f"{task=} is neither -1 nor one of {len(config['lora_adaptations'])} adapters")

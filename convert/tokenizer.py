@@ -121,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m convert tokenizer", description="Write a SentencePiece .model from a tokenizer.json."
     )
     parser.add_argument("path", type=Path, help="a tokenizer.json, or a directory that has one")
-    parser.add_argument(
-        "--output", type=Path, help="default: sentencepiece.bpe.model next to the tokenizer.json"
-    )
+    parser.add_argument("--output", type=Path, help="default: sentencepiece.bpe.model next to the tokenizer.json")
     arguments = parser.parse_args(argv)
     source = arguments.path / "tokenizer.json" if arguments.path.is_dir() else arguments.path
     output = arguments.output or source.with_name("sentencepiece.bpe.model")

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from einops import rearrange
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
@@ -129,6 +128,8 @@ def _detect(raw: Mapping[str, Any], names: Mapping[str, Any]) -> str:
 
 
 def _load_orbax(directory: Path, config: Config, shardings: Any) -> tuple[Model, Variables]:
+    import orbax.checkpoint as ocp  # a third of the time that importing this package would take
+
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
         path: jax.ShapeDtypeStruct(shape, jnp.dtype(config.param_dtype), sharding=_pick(shardings, path) or default)
@@ -216,6 +217,8 @@ def save(
         content = config.to_json("own" if layout == "orbax" else layout)
         (temporary / "config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         if layout == "orbax":
+            import orbax.checkpoint as ocp
+
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(temporary / "orbax", {"params": variables["params"]})
         elif layout == "hf":

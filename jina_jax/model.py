@@ -215,29 +215,28 @@ class Model(nn.Module):
         """
         if segments is not None and mask is not None:
             raise ValueError("give mask or segments, not both (0 in segments is padding)")
-        # NumPy arrays become JAX's at the door; None has no leaves.
-        tokens, mask, segments, token_types = jax.tree.map(jnp.asarray, (tokens, mask, segments, token_types))
-        adapters, num_texts = _read_task(self.config, tokens, task, segments, num_texts)
-        types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
+        # NumPy arrays become JAX's at the door.
+        tokens = jnp.asarray(tokens)
+        types = jnp.zeros((1, 1), jnp.int32) if token_types is None else jnp.asarray(token_types)
+        packed = None if segments is None else jnp.asarray(segments)
         # A mask is one segment per row; no mask at all lets attention skip the comparison.
-        ids = segments if mask is None else mask.astype(bool).astype(jnp.int32)
+        visible = packed if mask is None else jnp.asarray(mask, bool).astype(jnp.int32)
+        adapters, num_texts = _read_task(self.config, tokens, task, packed, num_texts)
 
         x = self.embed(tokens, types, adapters, train)
         self.sow("intermediates", "embedded", x)
-        x, _ = self.layers(x, ids, self._rope(tokens.shape[1], segments), adapters, train)
+        x, _ = self.layers(x, visible, self._rope(tokens.shape[1], packed), adapters, train)
         if self.is_initializing():
             self._init_heads(x)
 
-        if segments is not None:
-            assert num_texts is not None
-            pooled = pooling.mean_pool_packed(x, segments, num_texts)
+        if packed is None:
+            pooled = pooling.mean_pool(x, jnp.ones(tokens.shape, bool) if visible is None else visible > 0)
         else:
-            pooled = pooling.mean_pool(x, jnp.ones(tokens.shape, bool) if ids is None else ids > 0)
+            assert num_texts is not None
+            pooled = pooling.mean_pool_packed(x, packed, num_texts)
         return Output(hidden=x, pooled=pooled, embeddings=pooling.normalize(pooled))
 
-    def pooler_output(
-        self, hidden: Float[In, "B T D"], task: str | Int[In, "B"] | None = None
-    ) -> Float[Array, "B D"]:
+    def pooler_output(self, hidden: Float[In, "B T D"], task: str | Int[In, "B"] | None = None) -> Float[Array, "B D"]:
         """The checkpoint's pooler, tanh(dense(first token)), which embeddings do not use.
 
         Args:

@@ -92,11 +92,7 @@ def either(request):
 
 
 def same(a, b):
-    return (
-        np.array_equal(a.ids, b.ids)
-        and np.array_equal(a.offsets, b.offsets)
-        and a.full_length == b.full_length
-    )
+    return np.array_equal(a.ids, b.ids) and np.array_equal(a.offsets, b.offsets) and a.full_length == b.full_length
 
 
 class TestGoldens:
@@ -130,9 +126,7 @@ class TestSentencePiece:
         tokens = [spm.encode(case["text"]) for case in CASES]
         other_ids = {c["text"] for c, t in zip(CASES, tokens, strict=True) if t.ids.tolist() != c["ids"]}
         assert other_ids <= listed
-        other_offsets = {
-            c["text"] for c, t in zip(CASES, tokens, strict=True) if t.offsets.tolist() != c["offsets"]
-        }
+        other_offsets = {c["text"] for c, t in zip(CASES, tokens, strict=True) if t.offsets.tolist() != c["offsets"]}
         assert other_offsets <= listed | set(SPM_OFFSETS)
 
     def test_natural_mixes(self, exact, spm):
@@ -147,22 +141,16 @@ class TestSentencePiece:
             [" ", " ", "  ", "\n", "\x85", ""],
             ["<s>", "</s>", "<mask>", "<pad>", "<unk>"],
         ]
-        texts = [
-            "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randint(1, 20))) for _ in range(3000)
-        ]
+        texts = ["".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randint(1, 20))) for _ in range(3000)]
         for text, a, b in zip(texts, exact.encode_batch(texts), spm.encode_batch(texts), strict=True):
             assert same(a, b), text
 
     def test_every_character(self, exact, spm):
         """Between two letters, each character of Unicode gives the same ids: the map is that of the file."""
-        texts = [
-            f"a{chr(code)}b" for code in range(0x110000) if not 0xD800 <= code < 0xE000 and code % 7 == 0
-        ]
+        texts = [f"a{chr(code)}b" for code in range(0x110000) if not 0xD800 <= code < 0xE000 and code % 7 == 0]
         texts += [f"a{chr(code)}b" for code in range(0x3400) if code % 7]
         fast, slow = (t.encode_batch(texts, offsets=False) for t in (exact, spm))
-        assert [
-            t for t, a, b in zip(texts, fast, slow, strict=True) if not np.array_equal(a.ids, b.ids)
-        ] == []
+        assert [t for t, a, b in zip(texts, fast, slow, strict=True) if not np.array_equal(a.ids, b.ids)] == []
 
     @pytest.mark.parametrize(
         ("text", "ids", "offsets"),
@@ -302,9 +290,7 @@ class TestLoading:
             load_tokenizer(tmp_path / "missing.json")
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "sentencepiece.bpe.model"])
-    @pytest.mark.parametrize(
-        "content", [b"", b"{", b"{}", b'{"model_type": "xlm-roberta"}', b"\xff\x00" * 50]
-    )
+    @pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"model_type": "xlm-roberta"}', b"\xff\x00" * 50])
     def test_broken(self, tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):

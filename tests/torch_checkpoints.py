@@ -146,9 +146,7 @@ def random_state(
     return state
 
 
-def random_mlm_head(
-    config: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def random_mlm_head(config: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Draw the head of a masked language model; its decoder is the word table.
 
     Args:
@@ -212,9 +210,7 @@ def to_hf(
     return base, adapters
 
 
-def write_original(
-    directory: Path, state: dict[str, Tensor], config: dict[str, Any], *, pickled: bool = False
-) -> Path:
+def write_original(directory: Path, state: dict[str, Tensor], config: dict[str, Any], *, pickled: bool = False) -> Path:
     """Write a folder as `jinaai/jina-embeddings-v3` publishes it.
 
     Args:
