@@ -3,6 +3,7 @@
 from jina_jax._version import __version__
 from jina_jax.checkpoint import load, save
 from jina_jax.config import TASKS, Config
+from jina_jax.embedder import Embedder
 from jina_jax.lora import merge
 from jina_jax.model import Model, Output
 from jina_jax.pooling import normalize, truncate
@@ -12,6 +13,7 @@ __all__ = [
     "TASKS",
     "CheckpointError",
     "Config",
+    "Embedder",
     "Model",
     "Output",
     "__version__",

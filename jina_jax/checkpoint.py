@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from jina_jax import hub, layouts, peft
-from jina_jax.config import OWN_MODEL_TYPE, Config, read_json
+from jina_jax.config import OWN_MODEL_TYPE, PROMPTS, TASKS, Config, read_json
 from jina_jax.lora import axis_sizes
 from jina_jax.model import Model
 from jina_jax.tensors import CheckpointError, TensorFiles, fill, match, parameter_shapes
@@ -48,7 +48,7 @@ def load(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-    mlm_head: bool = False,
+    mlm_head: bool | None = None,
     shardings: Any = None,
     revision: str | None = None,
     **overrides: Any,
@@ -61,7 +61,7 @@ def load(
         dtype: Type to compute in; float32 is exact.
         param_dtype: Type to hold the weights in; None means `dtype`.
         adapters: PEFT adapter directories to add as further tasks, by task name.
-        mlm_head: Whether to load the masked-language-model head as well.
+        mlm_head: Whether to load the masked-language-model head as well; None loads it from our own layout only.
         shardings: Where parameters go: one `jax.sharding.Sharding` for all, or a tree of them like the variables.
             None puts them on the default device.
         revision: Branch, tag or commit on the hub.
@@ -77,14 +77,16 @@ def load(
     directory = hub.find(name_or_path, revision)
     raw = read_json(directory / "config.json")
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    overrides = {"dtype": dtype, "param_dtype": param_dtype, "mlm_head": mlm_head} | overrides
+    overrides = {"dtype": dtype, "param_dtype": param_dtype} | overrides
+    overrides |= {} if mlm_head is None else {"mlm_head": mlm_head}
     config = Config.from_json(directory / "config.json", **overrides)
     if (directory / "orbax").is_dir():
         return _load_orbax(directory, config, shardings)
 
     files = TensorFiles(directory)
-    layout = _detect(raw, files.shapes)
+    layout = detect_layout(raw, files.shapes)
     folders = {task: Path(path) for task, path in (adapters or {}).items()}
+    prompts = dict(zip(config.tasks or TASKS, config.prompts or PROMPTS, strict=True))
     table = TABLES[layout]
     if layout == "hf":
         folders = peft.find(directory, config.tasks) | folders
@@ -96,7 +98,7 @@ def load(
 
     shapes = parameter_shapes(config)
     matches, problems = match(layout, [rule for rule in table if rule.target in shapes], config, files.shapes)
-    full, added, wrong = peft.read(folders, config)
+    full, added, wrong = peft.read(folders, config, prompts)
     if problems + wrong:
         listed = "\n  ".join(problems + wrong)
         raise CheckpointError(f"{directory} is not a whole checkpoint of the {layout} layout:\n  {listed}")
@@ -116,7 +118,7 @@ def load(
     return Model(full), {"params": _nest(leaves)}
 
 
-def _detect(raw: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+def detect_layout(raw: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     """Which layout a checkpoint has, by the names of its tensors; config.json does not always say."""
     if raw.get("model_type") == OWN_MODEL_TYPE:
         return "own"
@@ -260,7 +262,25 @@ def _write(
     prefix: str = "",
 ) -> None:
     """Write the tensors of a table to one safetensors file."""
-    size, tensors = axis_sizes(config), {}
+    tensors = {prefix + name: np.ascontiguousarray(tensor) for name, tensor in as_stored(flat, config, table, at)}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def as_stored(
+    flat: Mapping[str, Any], config: Config, table: Sequence[layouts.Rule], at: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters cut and turned into the tensors of a layout, one at a time.
+
+    Args:
+        flat: Parameters by path.
+        config: The model's configuration.
+        table: Rules of the layout.
+        at: Axes that are fixed for all tensors, such as {"K": 2} for the third adapter.
+
+    Yields:
+        The tensor's canonical name, and its values: a view wherever that can be.
+    """
+    size = axis_sizes(config)
     for rule in table:
         if rule.target not in flat:
             continue
@@ -269,9 +289,8 @@ def _write(
             fixed = dict(rule.at) | ({} if layer is None else {"L": layer}) | dict(at or {})
             region = value[tuple(fixed.get(axis, slice(None)) for axis in axes)]
             pattern = f"{' '.join(axis for axis in axes if axis not in fixed)} -> {rule.axes}"
-            name = prefix + rule.source.replace("{L}", str(layer))
-            tensors[name] = np.ascontiguousarray(rearrange(region, pattern, **layouts.joined_sizes(rule.axes, size)))
-    save_file(tensors, file, metadata={"format": "pt"})
+            tensor = rearrange(region, pattern, **layouts.joined_sizes(rule.axes, size))
+            yield rule.source.replace("{L}", str(layer)), tensor
 
 
 @contextlib.contextmanager

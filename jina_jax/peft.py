@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from jina_jax import layouts
-from jina_jax.config import PROMPTS, TASKS, Config, read_json
+from jina_jax.config import TASKS, Config, read_json
 from jina_jax.lora import axis_sizes
 from jina_jax.tensors import TensorFiles, match
 
@@ -81,7 +81,7 @@ def find(directory: Path, tasks: tuple[str, ...]) -> dict[str, Path]:
     return {names.get(name, name): directory / name for name in order + [name for name in there if name not in names]}
 
 
-def read(folders: Mapping[str, Path], config: Config) -> tuple[Config, Stack, list[str]]:
+def read(folders: Mapping[str, Path], config: Config, prompts: Mapping[str, str]) -> tuple[Config, Stack, list[str]]:
     """Read adapters and add them to a model's tasks.
 
     Ranks may differ (shorter ones are filled up with zeros, which changes nothing), and so may scales (the
@@ -90,6 +90,7 @@ def read(folders: Mapping[str, Path], config: Config) -> tuple[Config, Stack, li
     Args:
         folders: Adapter folder by task.
         config: Configuration of what is there so far: a bare backbone, or one with stacked adapters.
+        prompts: Prompts of tasks that have one.
 
     Returns:
         The configuration with the tasks added; the new adapters by parameter, float32 or as stored, with the axes
@@ -123,10 +124,9 @@ def read(folders: Mapping[str, Path], config: Config) -> tuple[Config, Stack, li
                 array = array.astype(np.float32) * np.float32(own_scale / scale)
             arrays.append(pad_rank(np.expand_dims(array, at), axes, rank))
         result[path] = np.concatenate(arrays, axis=at)
-    released = dict(zip(TASKS, PROMPTS, strict=True))
     config = config.replace(
         tasks=config.tasks + tuple(folders),
-        prompts=config.prompts + tuple(released.get(task, "") for task in folders),
+        prompts=config.prompts + tuple(prompts.get(task, "") for task in folders),
         lora_rank=rank,
         lora_alpha=scale * rank,
     )

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,7 +58,7 @@ def test_the_bound_on_shapes_that_is_documented(batch_tokens, bound):
 def test_buckets_ascend_to_the_limit_without_wide_gaps(max_tokens):
     found = batching.buckets(max_tokens)
     assert found[-1] == max_tokens
-    assert all(a < b <= 3 * a // 2 for a, b in zip(found, found[1:], strict=False))
+    assert all(a < b <= 3 * a // 2 for a, b in itertools.pairwise(found))
     assert found[0] <= batching.SHORTEST
 
 

@@ -310,6 +310,26 @@ def test_missing_folders_and_tensors_of_adapters_are_listed_too(checkpoint):
     assert "(retrieval_query/)" in str(error.value)
 
 
+def test_prompts_of_ones_own_survive_every_layout(data, tmp_path):
+    model, variables = jina_jax.load(data / "tiny_checkpoints" / "hf")
+    prompts = ("Frage: ", "Text: ", "", "Sorte: ", "")
+    model = Model(model.config.replace(prompts=prompts))
+    for layout in ("own", "original", "hf"):
+        saved = jina_jax.save(tmp_path / layout, model, variables, layout=layout)
+        assert jina_jax.load(saved)[0].config.prompts == prompts
+
+
+def test_our_own_layout_keeps_the_head_and_can_leave_it(tiny, tmp_path):
+    model, variables = tiny
+    saved = jina_jax.save(tmp_path / "m", model, variables)
+    again, loaded = jina_jax.load(saved)
+    assert again.config.mlm_head
+    assert_same(loaded, variables)
+    bare, loaded = jina_jax.load(saved, mlm_head=False)
+    assert not bare.config.mlm_head
+    assert "mlm_head" not in loaded["params"]
+
+
 def test_the_backbone_alone_can_be_had(data, checkpoint):
     directory = checkpoint("hf")
     for task in TASKS:

@@ -1,0 +1,294 @@
+"""The command line: `jina-jax embed` and `jina-jax info`.
+
+Exit codes: 0 done; 2 a mistake in what the user gave; 1 anything else that went wrong, such as a damaged checkpoint or
+a full disk; 130 interrupted; 141 nobody reads the output any more. Errors are short, without a traceback;
+JINA_JAX_DEBUG=1 shows it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from jina_jax import hub, records
+from jina_jax._version import __version__
+from jina_jax.records import InputError
+
+TABLE_LIMIT = 50
+MESSAGE_LINES = 20
+OUTPUTS = (".jsonl", ".npy")
+
+DESCRIPTION = "Text embeddings with jina-embeddings-v3 in JAX."
+EMBED = """Embed texts; write JSON lines with "index", "id" (if the record has one), "text" and "embedding"."""
+NOTES = """environment:
+  JINA_JAX_CACHE   directory for compiled programs (default: ~/.cache/jina_jax/xla), or "off"
+  JINA_JAX_DEBUG   1 shows the traceback of an error
+
+exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 interrupted
+"""
+EXAMPLES = """examples:
+  jina-jax embed "Hello" "Hallo" --similarity
+  jina-jax embed corpus.jsonl --task retrieval.passage --dimensions 256 --output corpus.npy
+  sort -u names.txt | jina-jax embed - --model jinaai/jina-embeddings-v3 > names.jsonl
+  jina-jax embed -- "-texts that begin with a dash"
+
+"""
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _option(parser: argparse.ArgumentParser, flag: str, help: str, **arguments: Any) -> None:
+    """An option that an environment variable can set as well."""
+    variable = "JINA_JAX_" + flag.removeprefix("--").replace("-", "_").upper()
+    # argparse passes a default that is a string through `type`, like an argument.
+    arguments["default"] = os.environ.get(variable) or arguments.get("default")
+    parser.add_argument(flag, help=f"{help} [env: {variable}]", **arguments)
+
+
+def _switch(parser: argparse.ArgumentParser, flag: str, help: str, default: bool) -> None:
+    """An on/off option, `--flag` and `--no-flag`, that an environment variable can set as well."""
+    variable = "JINA_JAX_" + flag.removeprefix("--").upper()
+    value = os.environ.get(variable) or str(int(default))
+    words = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+    if value.lower() not in words:
+        raise InputError(f"environment variable {variable}={value!r} must be 1 or 0")
+    parser.add_argument(
+        flag,
+        action=argparse.BooleanOptionalAction,
+        default=words[value.lower()],
+        help=f"{help}; {'on' if default else 'off'} by default [env: {variable}=1|0]",
+    )
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of at least 1")
+    return int(value)
+
+
+def _dtype(value: str) -> str:
+    if value not in ("float32", "bfloat16"):
+        raise argparse.ArgumentTypeError(f"{value!r} is not one of float32, bfloat16")
+    return value
+
+
+def _output(value: str) -> Path:
+    path = Path(value)
+    if path.suffix.lower() not in OUTPUTS:
+        raise argparse.ArgumentTypeError(f"{value!r} must end in {' or '.join(OUTPUTS)}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{value!r} is a directory")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {str(path.parent)!r}; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"the directory {str(path.parent)!r} cannot be written to")
+    return path
+
+
+def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    """The parser of everything, and that of each command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="jina-jax", description=DESCRIPTION, epilog=NOTES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"jina-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    embed = commands.add_parser(
+        "embed", help="embed texts", description=EMBED, epilog=EXAMPLES + NOTES, formatter_class=raw
+    )
+    embed.set_defaults(run=_embed)
+    embed.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="a text; - for the lines of standard input; FILE.txt (a text on every line, empty ones included); "
+        'FILE.jsonl (a string or {"text": ..., "id": ..., "task": ...} on every line); also .txt.gz and .jsonl.gz',
+    )
+    _option(embed, "--model", f"directory, name on the hub such as {hub.REAL_MODEL}, or mini (default)", metavar="NAME")
+    _option(embed, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    _option(embed, "--task", "task of texts that name none; without one, no adapter and no prompt", metavar="NAME")
+    _switch(embed, "--prompts", "put the task's prompt before each text", default=True)
+    _option(embed, "--dimensions", "numbers to keep of each embedding", type=_positive, metavar="N")
+    _switch(embed, "--normalize", "scale embeddings to unit length", default=True)
+    _option(embed, "--dtype", "float32 (default, exact) or bfloat16", type=_dtype, default="float32", metavar="TYPE")
+    batch = "tokens computed at once, padding included (default: 1024 on a CPU, else 32768)"
+    _option(embed, "--batch-tokens", batch, type=_positive, metavar="N")
+    _switch(embed, "--truncate", "cut texts that are too long; otherwise they are an error", default=True)
+    _option(embed, "--output", "write to this file, .jsonl or .npy, rather than stdout", type=_output, metavar="FILE")
+    _switch(embed, "--similarity", "print a table of cosine similarities", default=False)
+
+    info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
+    info.set_defaults(run=_info)
+    model = os.environ.get("JINA_JAX_MODEL")
+    info.add_argument("model", nargs="?", default=model, help="as for embed --model [env: JINA_JAX_MODEL]")
+    _option(info, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser, {"embed": embed, "info": info}
+
+
+# ---- Commands --------------------------------------------------------------------------------------------------
+
+
+def _embed(args: argparse.Namespace) -> None:
+    """`jina-jax embed`."""
+    inputs = [*args.inputs, *args.literal]
+    if not inputs and (sys.stdin is None or sys.stdin.isatty()):
+        raise InputError("nothing to embed; pass texts, a FILE.txt or FILE.jsonl, or - for standard input")
+    found = records.read(inputs or ["-"], args.task)
+    if args.similarity and len(found) > TABLE_LIMIT:
+        raise InputError(
+            f"--similarity prints a table of at most {TABLE_LIMIT} texts, not {len(found)}; "
+            "use --output FILE.npy and compare the embeddings"
+        )
+    directory = _find(args)
+    _enable_compilation_cache()
+    from jina_jax.embedder import Embedder
+
+    embedder = Embedder.load(directory, dtype=args.dtype)
+    for record in found:  # here rather than in `encode`, because here the line is known
+        try:
+            embedder.config.task_ids([record.task])
+        except ValueError as error:
+            raise InputError(f"{record.where}: {error}") from error
+    try:
+        embeddings = embedder.encode(
+            [record.text for record in found],
+            task=[record.task for record in found],
+            dimensions=args.dimensions,
+            normalize=args.normalize,
+            prompts=args.prompts,
+            batch_tokens=args.batch_tokens,
+            truncate=args.truncate,
+            progress=sys.stderr.isatty(),
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if not np.isfinite(embeddings).all():
+        raise ValueError(f"the model gave embeddings that are not finite; are the weights in {directory} whole?")
+
+    if args.output is not None:
+        records.write(args.output, found, embeddings)
+    if args.similarity:
+        columns = shutil.get_terminal_size((100, 24)).columns
+        _print(records.similarity_table([record.text for record in found], embeddings, columns))
+    elif args.output is None:
+        for line in records.json_lines(found, embeddings):
+            sys.stdout.buffer.write(records.encode_json(line))
+        sys.stdout.buffer.flush()
+
+
+def _info(args: argparse.Namespace) -> None:
+    """`jina-jax info`."""
+    from jina_jax import info
+
+    facts = info.describe(_find(args), args.model or "mini")
+    _print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else info.readable(facts))
+
+
+def _find(args: argparse.Namespace) -> Path:
+    """Directory of the model; says so where it is one that nobody asked for."""
+    if args.model is None:
+        _print(f"jina-jax: note: this is {hub.BUNDLED_NOTE} with --model", sys.stderr)
+    return hub.find(args.model or "mini", args.revision)
+
+
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs on disk, where that is possible: the second run then starts at once."""
+    import jax
+
+    chosen = os.environ.get("JINA_JAX_CACHE")
+    if chosen == "off" or jax.config.values["jax_compilation_cache_dir"]:
+        return
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = Path(chosen) if chosen else base / "jina_jax" / "xla"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home directory is a RuntimeError
+        return
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# ---- Entry -----------------------------------------------------------------------------------------------------
+
+
+def _message(error: BaseException) -> str:
+    """An error in a line, or a few where it lists problems."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; a smaller --batch-tokens needs less, and so do shorter texts"
+    lines = (str(error) or type(error).__name__).splitlines()
+    if len(lines) > MESSAGE_LINES:
+        lines[MESSAGE_LINES:] = [f"  ... and {len(lines) - MESSAGE_LINES} more"]
+    return "\n".join(lines)
+
+
+def _print(text: str, stream: Any = None) -> None:
+    """Print; what the terminal's encoding cannot say is escaped rather than an error."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        parser, commands = _parsers()
+        # Commands parse their own arguments, because only so may options stand between texts.
+        if arguments and arguments[0] in commands:
+            end = arguments.index("--") if "--" in arguments else len(arguments)
+            args = commands[arguments[0]].parse_intermixed_args(arguments[1:end])
+            args.literal = arguments[end + 1 :]
+        else:
+            args = parser.parse_args(arguments)
+        args.run(args)
+    except SystemExit as error:  # --help and --version
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _abandon_stdout()
+        return 141
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("JINA_JAX_DEBUG"):
+            traceback.print_exc()
+        _print(f"jina-jax: error: {_message(error)}", sys.stderr)
+        _abandon_stdout()
+        return 2 if isinstance(error, InputError | FileNotFoundError | NotADirectoryError) else 1
+    return 0
+
+
+def _abandon_stdout() -> None:
+    """If stdout takes nothing more, let what is left go nowhere: Python would complain once again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
