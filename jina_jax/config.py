@@ -54,7 +54,8 @@ class Config:
         mlm_head: Whether the masked-language-model head is there.
         dtype: Type of activations and matrix products' inputs. Products accumulate in float32 either way.
         param_dtype: Type in which parameters are held.
-        attention: Implementation for `kernels.attention`; None picks the best one that works here.
+        attention: Implementation for `kernels.attention`; None picks the best one, "reference" is the one for
+            forward-mode and second derivatives.
         remat: What the backward pass keeps of each layer: "none" (everything), "dots" (matrix products),
             "names" (the outputs of attention and mlp), "full" (the layer's input alone).
         unroll: Layers per step of the scan; `num_hidden_layers` unrolls it altogether.

@@ -12,8 +12,8 @@ from jina_jax.kernels.reference import reference
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference, "blockwise": blockwise}
 
-# Up to this length all scores at once are faster than blocks of them (tests/benchmarks/attention.py).
-REFERENCE_UP_TO = 512
+# On CPUs it is the faster one at every length, short ones included (tests/benchmarks/attention.py).
+DEFAULT = "blockwise"
 
 
 def attention(
@@ -30,8 +30,8 @@ def attention(
     """Bidirectional multi-head attention within segments, softmax(q k^T / sqrt(H)) v.
 
     Scores, softmax and sums are float32 whatever the inputs are. Whatever stands in padding, NaN included, reaches
-    neither a result nor a gradient. Differentiable in reverse mode, any number of times with "reference", once
-    with "blockwise".
+    neither a result nor a gradient. "blockwise" can be differentiated once, in reverse mode; "reference" in any mode
+    and any number of times.
 
     Args:
         q: Queries, float32 or bfloat16.
@@ -43,8 +43,7 @@ def attention(
         dropout_rate: Share of attention probabilities to drop.
         dropout_key: A `jax.random` key, needed if the rate is not zero. The same key drops the same probabilities
             in every implementation.
-        implementation: "reference" (all scores at once) or "blockwise" (memory linear in T); None takes the faster
-            one for this length.
+        implementation: "reference" (all scores at once) or "blockwise" (memory linear in T); None takes the best.
 
     Returns:
         Weighted values in the type of `v`; zeros at padding.
@@ -52,9 +51,7 @@ def attention(
     Raises:
         ValueError: If the implementation is unknown, or dropout has no key.
     """
-    length = q.shape[1]
-    if implementation is None:
-        implementation = "reference" if length <= REFERENCE_UP_TO else "blockwise"
+    implementation = implementation or DEFAULT
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {implementation=}; choose from: {', '.join(IMPLEMENTATIONS)}")
     if dropout_rate and dropout_key is None:
