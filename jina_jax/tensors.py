@@ -17,7 +17,7 @@ from jina_jax import layouts
 from jina_jax.config import Config, read_json
 from jina_jax.lora import axis_sizes
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 4 << 20  # small enough for the allocator to reuse, rather than to fault in afresh
 TILE = 16  # elements of float32 in a cache line
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -157,11 +157,13 @@ def _copy_rows(array: np.ndarray, tensor: Any, match: Match, config: Config, row
     place = {first: rows} if rows != slice(None) else {}
     region = array[tuple(match.fixed.get(axis, place.get(axis, slice(None))) for axis in axes)]
     pattern = f"{match.rule.axes} -> {' '.join(axis for axis in axes if axis not in match.fixed)}"
-    source = tensor[rows].astype(array.dtype, copy=False)
-    source = rearrange(source, pattern, **layouts.joined_sizes(match.rule.axes, axis_sizes(config)))
-    if region.ndim < 2 or source.strides[-1] == source.itemsize:
-        region[...] = source
+    sizes = layouts.joined_sizes(match.rule.axes, axis_sizes(config))
+    source = tensor[rows]
+    turned = rearrange(source, pattern, **sizes)
+    if region.ndim < 2 or turned.strides[-1] == turned.itemsize:
+        region[...] = turned
         return
+    source = rearrange(source.astype(array.dtype, copy=False), pattern, **sizes)
     for start in range(0, region.shape[-1], TILE):  # a transpose: three times faster by cache lines
         cut = (..., slice(start, start + TILE))
         region[cut] = source[cut]

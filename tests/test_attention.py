@@ -57,7 +57,7 @@ def draw_inputs(seed, B, T, N, H, masks):
 
 
 @every_implementation
-@settings(max_examples=12)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10_000),
     B=st.integers(1, 3),

@@ -44,7 +44,7 @@ def draw_batch(seed: int, rows: int, length: int, vocabulary: int):
     return tokens, mask
 
 
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(config=configs, seed=st.integers(0, 10_000), rows=st.integers(1, 4), length=st.integers(1, 40))
 def test_equals_the_original(tmp_path_factory, config, seed, rows, length):
     state = random_state(config, seed)
@@ -62,7 +62,7 @@ def test_equals_the_original(tmp_path_factory, config, seed, rows, length):
         assert_close(out.embeddings, reference.embed(wanted.pooled).numpy(), EMBEDDING)
 
 
-@settings(max_examples=8)
+@settings(max_examples=20)
 @given(config=configs, seed=st.integers(0, 10_000), rows=st.integers(1, 4), length=st.integers(1, 40))
 def test_equals_transformers_with_peft(tmp_path_factory, config, seed, rows, length):
     directory = write_hf(tmp_path_factory.mktemp("hf"), random_state(config, seed), config)

@@ -44,8 +44,8 @@ def main() -> None:
         write_checkpoints(directory, ("original", "hf"))
         results: dict[str, list[dict]] = {}
         for turn in range(options.rounds):
-            cases = OURS + THEIRS
-            for case in cases[3 * turn % 8 :] + cases[: 3 * turn % 8]:  # nobody always comes after the same one
+            # Shuffled: what a process leaves behind (free memory, warm caches) helps or hinders the next one.
+            for case in np.random.default_rng(turn).permutation(OURS + THEIRS).tolist():
                 command = [sys.executable, "-m", "tests.benchmarks.load", "--case", case, "--directory", str(directory)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 results.setdefault(case, []).append(json.loads(output.splitlines()[-1]))
@@ -91,6 +91,10 @@ def random_bfloat16(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
 def run_case(case: str, directory: Path) -> dict[str, float]:
     """Load once; seconds, peak bytes above the start, bytes of the parameters."""
     what, dtype = case.split()
+    for file in (directory / ("hf" if what.startswith("transformers") else what)).rglob("*.safetensors"):
+        with file.open("rb") as handle:  # into the page cache, should the system have dropped it
+            while handle.read(1 << 24):
+                pass
     if what.startswith("transformers"):
         import torch
         import transformers
