@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,7 @@ def load(
         config = config.replace(tasks=(), prompts=())
         if not any("Wqkv" in name for name in files.shapes):
             table = layouts.HF_SPLIT
-    if layout in ("hf", "xlm-roberta") and not any("pooler." in name for name in files.shapes):
-        config = config.replace(pooler=False)
+    config = config.replace(pooler=holds_pooler(config, layout, files.shapes))
 
     shapes = parameter_shapes(config)
     matches, problems = match(layout, [rule for rule in table if rule.target in shapes], config, files.shapes)
@@ -172,6 +171,13 @@ def flatten(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
     """
     flat = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
     return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in flat}
+
+
+def holds_pooler(config: Config, layout: str, names: Iterable[str]) -> bool:
+    """Whether a checkpoint has the pooler: models saved for masked language modelling do without it."""
+    if layout in ("hf", "xlm-roberta"):
+        return any("pooler." in name for name in names)
+    return config.pooler
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------
@@ -284,12 +290,11 @@ def as_stored(
     for rule in table:
         if rule.target not in flat:
             continue
-        axes, value = layouts.PARAMETERS[rule.target].split(), np.asarray(flat[rule.target])
+        value = np.asarray(flat[rule.target])
         for layer in range(config.num_hidden_layers) if "{L}" in rule.source else (None,):
             fixed = dict(rule.at) | ({} if layer is None else {"L": layer}) | dict(at or {})
-            region = value[tuple(fixed.get(axis, slice(None)) for axis in axes)]
-            pattern = f"{' '.join(axis for axis in axes if axis not in fixed)} -> {rule.axes}"
-            tensor = rearrange(region, pattern, **layouts.joined_sizes(rule.axes, size))
+            index, axes = layouts.region(rule.target, fixed)
+            tensor = rearrange(value[index], f"{axes} -> {rule.axes}", **layouts.joined_sizes(rule.axes, size))
             yield rule.source.replace("{L}", str(layer)), tensor
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jina_jax import hub
-from jina_jax.checkpoint import detect_layout
+from jina_jax.checkpoint import detect_layout, holds_pooler
 from jina_jax.config import TASKS, Config, read_json
 from jina_jax.tensors import TensorFiles, parameter_shapes
 
@@ -36,8 +36,7 @@ def describe(directory: Path, name: str) -> dict[str, Any]:
         with files.open(list(files.shapes)) as tensors:
             found = sorted({tensor.get_dtype() for tensor in tensors.values()})
             stored = ", ".join(_DTYPES.get(dtype, dtype) for dtype in found)
-        if layout in ("hf", "xlm-roberta") and not any("pooler." in tensor for tensor in files.shapes):
-            config = config.replace(pooler=False)
+        config = config.replace(pooler=holds_pooler(config, layout, files.shapes))
     sizes = {path: int(np.prod(shape)) for path, shape in parameter_shapes(config).items()}
     licence = None
     if name in hub.BUNDLED:

@@ -255,6 +255,21 @@ def groups(axes: str) -> list[list[str]]:
     return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", axes)]
 
 
+def region(target: str, fixed: Mapping[str, int]) -> tuple[tuple[int | slice, ...], str]:
+    """Part of a parameter.
+
+    Args:
+        target: The parameter, a key of `PARAMETERS`, or its axes.
+        fixed: Axes that are fixed, and where.
+
+    Returns:
+        What to index the parameter with, and the axes that are left, for einops.
+    """
+    axes = PARAMETERS.get(target, target).split()
+    index = tuple(fixed.get(axis, slice(None)) for axis in axes)
+    return index, " ".join(axis for axis in axes if axis not in fixed)
+
+
 def joined_sizes(axes: str, size: Mapping[str, int]) -> dict[str, int]:
     """Sizes of the axes that a tensor holds as one, which einops needs to part them."""
     return {axis: size[axis] for group in groups(axes) if len(group) > 1 for axis in group}

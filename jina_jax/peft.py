@@ -173,24 +173,23 @@ def _read_one(folder: Path, config: Config) -> tuple[Stack, float, list[str]]:
     with files.open(list(files.shapes)) as tensors:
         dtype = tensors[matches[0].name][...].dtype
         for path, axes in axes_of.items():
-            stack[path] = np.zeros([size[axis] for axis in axes], dtype)
+            stack[path] = np.zeros([size[axis] for axis in axes.split()], dtype)
         for found in matches:
-            axes = axes_of[found.rule.target]
-            region = stack[found.rule.target][tuple(found.fixed.get(axis, slice(None)) for axis in axes)]
-            pattern = f"{found.rule.axes} -> {' '.join(axis for axis in axes if axis not in found.fixed)}"
+            index, axes = layouts.region(axes_of[found.rule.target], found.fixed)
             sizes = layouts.joined_sizes(found.rule.axes, size)
-            region[...] = rearrange(tensors[found.name][...], pattern, **sizes)
+            tensor = rearrange(tensors[found.name][...], f"{found.rule.axes} -> {axes}", **sizes)
+            stack[found.rule.target][index] = tensor
     return _share_a(stack, {rule.at["J"] for rule in rules if rule.target == _QKV_A}), scale, []
 
 
-def _stack_axes(config: Config) -> dict[str, list[str]]:
+def _stack_axes(config: Config) -> dict[str, str]:
     """Axes of one adapter's parameters: no K, and an A for each of q, k and v."""
     axes = {
-        path: [axis for axis in axes.split() if axis != "K"]
-        for path, axes in layouts.PARAMETERS.items()
+        path: layouts.region(path, {"K": 0})[1]
+        for path in layouts.PARAMETERS
         if "lora" in path and (config.pooler or not path.startswith("pooler"))
     }
-    return axes | {_QKV_A: ["L", "J", "D", "R"]}
+    return axes | {_QKV_A: "L J D R"}
 
 
 def _is_target(rule: layouts.Rule, targets: Any, present: set[str]) -> bool:

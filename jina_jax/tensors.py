@@ -152,11 +152,10 @@ def _row_chunks(tensor: Any, rule: layouts.Rule) -> list[slice]:
 
 def _copy_rows(array: np.ndarray, tensor: Any, match: Match, config: Config, rows: slice) -> None:
     """Copy some rows of a tensor into their place, converting the type on the way."""
-    axes = layouts.PARAMETERS[match.rule.target].split()
-    first = match.rule.axes.split()[0]
-    place = {first: rows} if rows != slice(None) else {}
-    region = array[tuple(match.fixed.get(axis, place.get(axis, slice(None))) for axis in axes)]
-    pattern = f"{match.rule.axes} -> {' '.join(axis for axis in axes if axis not in match.fixed)}"
+    index, axes = layouts.region(match.rule.target, match.fixed)
+    region, pattern = array[index], f"{match.rule.axes} -> {axes}"
+    if rows != slice(None):
+        region = region[(slice(None),) * axes.split().index(match.rule.axes.split()[0]) + (rows,)]
     sizes = layouts.joined_sizes(match.rule.axes, axis_sizes(config))
     source = tensor[rows]
     turned = rearrange(source, pattern, **sizes)
