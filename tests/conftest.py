@@ -33,6 +33,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same examples in every run; HYPOTHESIS_PROFILE=random draws new ones.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
+# While developing: fail at once instead of searching for the smallest example.
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -4,96 +4,142 @@ Forward follows Rabe and Staats (2021) and Dao (2023, algorithm 1); the backward
 from the saved logsumexp (Dao 2023, algorithm 2), so it needs no more memory than the forward pass.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from jina_jax.kernels.dropout import keep
+from jina_jax import rope as rotary
+from jina_jax.kernels.dropout import keep, shift
 
 BLOCK = 512
+NO_KEYS = -1e30  # logsumexp of a query without keys
+
+Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def blockwise(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    segments: Int[Array, "B T"],
-    seed: UInt32[Array, "2"],
+def forward(
+    q: Float[Array, "B T D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S D"],
+    q_segments: Int[Array, "B T"] | None,
+    k_segments: Int[Array, "B S"] | None,
+    rope: Rope | None,
+    words: UInt32[Array, "6"],
+    *,
+    heads: int,
     rate: float,
-) -> Float[Array, "B T N H"]:
-    """The same function as `reference`, a block of queries and a block of keys at a time.
+    dtype: Any,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
+    """Attention, and the logsumexp of the scaled scores, a block of queries and a block of keys at a time.
 
     Args:
-        q: Queries, already rotated.
-        k: Keys, already rotated.
+        q: Queries.
+        k: Keys.
         v: Values.
-        segments: 0 for padding; tokens see those of the same segment.
-        seed: Two words for dropout.
+        q_segments: 0 for padding; queries see the keys of the same segment. None, for both, means one segment.
+        k_segments: Segments of the keys.
+        rope: Cosines and sines that rotate queries and keys, which are then of one length.
+        words: Seed and origin for dropout.
+        heads: Number N of heads.
         rate: Share of probabilities to drop.
+        dtype: Type of the output.
 
     Returns:
-        Weighted values in the type of `v`; zeros for padding.
+        Weighted values, zeros for queries without keys, and logsumexp (there -1e30).
     """
-    return _forward(q, k, v, segments, seed, rate)[0]
-
-
-def _forward(q: Array, k: Array, v: Array, segments: Array, seed: Array, rate: float) -> tuple[Array, tuple]:
-    T, H, size = q.shape[1], q.shape[-1], _block_size(q.shape[1])
-    blocks = [_split(x, size) for x in (q, k, v, segments)]
-    starts = jnp.arange(blocks[0].shape[0], dtype=jnp.uint32) * jnp.uint32(size)
+    q, k, v, q_segments, k_segments = _prepare(q, k, v, q_segments, k_segments, rope, heads)
+    B, T, N, H = q.shape
+    size = _block_size(T)
+    queries, keys = _blocks(size, q, q_segments), _blocks(_block_size(k.shape[1]), k, v, k_segments)
 
     def query_block(query: tuple) -> tuple[Array, Array]:
-        q_block, q_segments, row = query
-        B, S, N, _ = q_block.shape
+        row, q_block, q_segments = query
 
         def key_block(carry: tuple, key: tuple) -> tuple[tuple, None]:
             top, total, out = carry
-            k_block, v_block, k_segments, column = key
+            column, k_block, v_block, k_segments = key
             scores, visible = _scores(q_block, k_block, q_segments, k_segments)
             new_top = jnp.maximum(top, jnp.max(jnp.where(visible, scores, -1e30), axis=-1))
             weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
             total = total * shrink + weights.sum(axis=-1)
             if rate:
-                weights = jnp.where(keep(seed, weights.shape, rate, row, column), weights / (1 - rate), 0.0)
+                weights = jnp.where(_keep(words, rate, weights.shape, row, column), weights / (1 - rate), 0.0)
             out = out * shrink[..., None] + _dot("BNTS,BSNH->BNTH", weights.astype(v.dtype), v_block)
             return (new_top, total, out), None
 
-        start = (jnp.full((B, N, S), -1e30), jnp.zeros((B, N, S)), jnp.zeros((B, N, S, H)))
-        (top, total, out), _ = jax.lax.scan(key_block, start, (*blocks[1:], starts))
+        start = (jnp.full((B, N, size), NO_KEYS), jnp.zeros((B, N, size)), jnp.zeros((B, N, size, H)))
+        (top, total, out), _ = jax.lax.scan(key_block, start, keys)
         total = jnp.maximum(total, 1e-30)
-        out = (out / total[..., None]).astype(v.dtype)
-        return jnp.swapaxes(out, 1, 2), top + jnp.log(total)
+        out = (out / total[..., None]).astype(dtype)
+        return jnp.swapaxes(out, 1, 2), jnp.swapaxes(top + jnp.log(total), 1, 2)
 
-    out, logsumexp = jax.lax.map(query_block, (blocks[0], blocks[3], starts))
-    out = _join(out, T)
-    return out, (q, k, v, segments, seed, out, logsumexp)
+    out, logsumexp = jax.lax.map(query_block, queries)
+    return _join(out, T).reshape(B, T, N * H), jnp.swapaxes(_join(logsumexp, T), 1, 2)
 
 
-def _backward(rate: float, residuals: tuple, d_out: Array) -> tuple[Array | None, ...]:
-    q, k, v, segments, seed, out, logsumexp = residuals
-    T, scale, size = q.shape[1], q.shape[-1] ** -0.5, _block_size(q.shape[1])
+def backward(
+    q: Float[Array, "B T D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S D"],
+    q_segments: Int[Array, "B T"] | None,
+    k_segments: Int[Array, "B S"] | None,
+    rope: Rope | None,
+    words: UInt32[Array, "6"],
+    out: Float[Array, "B T D"],
+    logsumexp: Float[Array, "B N T"],
+    d_out: Float[Array, "B T D"],
+    *,
+    heads: int,
+    rate: float,
+    dtype: Any,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"], Float[Array, "B S D"]]:
+    """Gradients of `forward`'s output with respect to queries, keys and values.
+
+    The keys may be a part of those that `out` and `logsumexp` stem from: the results are then that part's share.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        q_segments: As in `forward`.
+        k_segments: As in `forward`.
+        rope: As in `forward`.
+        words: As in `forward`.
+        out: What `forward` gave.
+        logsumexp: What `forward` gave.
+        d_out: Gradient with respect to `out`.
+        heads: Number N of heads.
+        rate: Share of probabilities to drop.
+        dtype: Type of the gradients.
+
+    Returns:
+        Gradients of q, k and v.
+    """
+    q, k, v, q_segments, k_segments = _prepare(q, k, v, q_segments, k_segments, rope, heads)
+    (_, T, N, H), S = q.shape, k.shape[1]
+    valid = (q_segments > 0)[:, :, None, None]
+    out, d_out = (jnp.where(valid, x.reshape(q.shape), jnp.zeros((), x.dtype)) for x in (out, d_out))
     # The softmax's Jacobian needs sum_s p_s dp_s for every query, which equals out . d_out, dropout included.
     delta = jnp.einsum("BTNH,BTNH->BTN", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    blocks = [_split(x, size) for x in (q, k, v, segments, d_out, delta)]
-    q_blocks, k_blocks, v_blocks, segment_blocks, d_out_blocks, delta_blocks = blocks
-    starts = jnp.arange(q_blocks.shape[0], dtype=jnp.uint32) * jnp.uint32(size)
+    logsumexp = jnp.swapaxes(logsumexp, 1, 2)
+    queries = _blocks(_block_size(T), q, q_segments, d_out.astype(q.dtype), delta, logsumexp)
+    keys = _blocks(_block_size(S), k, v, k_segments)
 
     def key_block(dq_blocks: Array, key: tuple) -> tuple[Array, tuple[Array, Array]]:
-        k_block, v_block, k_segments, column = key
+        column, k_block, v_block, k_segments = key
 
         def query_block(carry: tuple, query: tuple) -> tuple[tuple, Array]:
             dk, dv = carry
-            q_block, q_segments, d_out_block, delta_block, lse_block, row = query
+            row, q_block, q_segments, d_out_block, delta_block, lse_block = query
             scores, visible = _scores(q_block, k_block, q_segments, k_segments)
-            weights = jnp.where(visible, jnp.exp(scores - lse_block[..., None]), 0.0)
+            weights = jnp.where(visible, jnp.exp(scores - jnp.swapaxes(lse_block, 1, 2)[..., None]), 0.0)
             d_weights = _dot("BTNH,BSNH->BNTS", d_out_block, v_block)
             dropped = weights
             if rate:
-                kept = keep(seed, weights.shape, rate, row, column)
+                kept = _keep(words, rate, weights.shape, row, column)
                 dropped = jnp.where(kept, weights / (1 - rate), 0.0)
                 d_weights = jnp.where(kept, d_weights / (1 - rate), 0.0)
             dv = dv + _dot("BNTS,BTNH->BSNH", dropped.astype(v.dtype), d_out_block)
@@ -103,18 +149,28 @@ def _backward(rate: float, residuals: tuple, d_out: Array) -> tuple[Array | None
             return (dk, dv), _dot("BNTS,BSNH->BTNH", d_scores, k_block)
 
         zeros = jnp.zeros(k_block.shape, jnp.float32)
-        queries = (q_blocks, segment_blocks, d_out_blocks, delta_blocks, logsumexp, starts)
         d_keys_values, d_queries = jax.lax.scan(query_block, (zeros, zeros), queries)
         return dq_blocks + d_queries, d_keys_values
 
-    dq, (dk, dv) = jax.lax.scan(
-        key_block, jnp.zeros(q_blocks.shape, jnp.float32), (k_blocks, v_blocks, segment_blocks, starts)
-    )
-    dq, dk = _join(dq, T) * scale, _join(dk, T) * scale
-    return dq.astype(q.dtype), dk.astype(k.dtype), _join(dv, T).astype(v.dtype), None, None
+    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(queries[1].shape, jnp.float32), keys)
+    dq, dk, dv = _join(dq, T) * H**-0.5, _join(dk, S) * H**-0.5, _join(dv, S)
+    if rope is not None:  # the transpose of a rotation is the rotation back
+        dq, dk = (rotary.apply(x, rope[0], -rope[1]) for x in (dq, dk))
+    dq, dk, dv = (x.astype(dtype).reshape(*x.shape[:2], N * H) for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
-blockwise.defvjp(_forward, _backward)
+def _prepare(
+    q: Array, k: Array, v: Array, q_segments: Array | None, k_segments: Array | None, rope: Rope | None, heads: int
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Split heads, rotate, and zero what stands in padding: 0 times it must be 0."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    if rope is not None:
+        q, k = rotary.apply(q, *rope), rotary.apply(k, *rope)
+    if q_segments is None or k_segments is None:
+        return q, k, v, jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
+    clean = lambda x, ids: jnp.where((ids > 0)[:, :, None, None], x, jnp.zeros((), x.dtype))  # noqa: E731
+    return clean(q, q_segments), clean(k, k_segments), clean(v, k_segments), q_segments, k_segments
 
 
 def _scores(q: Array, k: Array, q_segments: Array, k_segments: Array) -> tuple[Array, Array]:
@@ -122,6 +178,11 @@ def _scores(q: Array, k: Array, q_segments: Array, k_segments: Array) -> tuple[A
     scores = _dot("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
     visible = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments > 0)[:, None, :]
     return scores, visible[:, None]
+
+
+def _keep(words: Array, rate: float, shape: tuple[int, ...], row: Array, column: Array) -> Array:
+    """Which probabilities of a block [B, N, T, S] survive dropout."""
+    return keep(shift(words, row=row, column=column), rate, *jnp.ix_(*(jnp.arange(size) for size in shape)))
 
 
 def _dot(pattern: str, x: Array, y: Array) -> Float[Array, "..."]:
@@ -136,11 +197,15 @@ def _block_size(length: int) -> int:
     return -(-length // count)
 
 
-def _split(x: Array, size: int) -> Array:
-    """[B, T, ...] to [blocks, B, size, ...]; the last block is filled up with zeros, so with padding."""
-    count = -(-x.shape[1] // size)
-    x = jnp.pad(x, [(0, 0), (0, count * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+def _blocks(size: int, *arrays: Array) -> tuple[Array, ...]:
+    """Where each block starts, and each array [B, T, ...] as [blocks, B, size, ...], filled up with zeros."""
+    count = -(-arrays[0].shape[1] // size)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, count * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    return jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(size), *map(split, arrays)
 
 
 def _join(blocks: Array, length: int) -> Array:

@@ -1,44 +1,54 @@
-"""Dropout decided by position, so that every implementation and every block size drops the same probabilities."""
+"""Dropout decided by position, so that every implementation, block size and sharding drops the same probabilities."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import Array, Bool, Int, UInt32
+
+# One index or many: a Python number, or an array of 32-bit integers of any shape.
+Index = int | Int[Array, "..."] | UInt32[Array, "..."]
 
 
-def seed_from_key(key: Array) -> UInt32[Array, "2"]:
-    """Two words of seed from a `jax.random` key, typed or raw."""
-    return jax.random.bits(key, (2,), jnp.uint32)
+def words_from_key(key: Array | None) -> UInt32[Array, "6"]:
+    """Two words of seed from a `jax.random` key, typed or raw, and the origin (batch, head, row, column) = 0."""
+    if key is None:
+        return jnp.zeros(6, jnp.uint32)
+    return jnp.concatenate([jax.random.bits(key, (2,), jnp.uint32), jnp.zeros(4, jnp.uint32)])
+
+
+def shift(words: UInt32[Array, "6"], batch: Index = 0, head: Index = 0, row: Index = 0, column: Index = 0) -> Array:
+    """The words for a part of a larger array whose first entry stands at the given indices there."""
+    offsets = [jnp.asarray(x).astype(jnp.uint32) for x in (0, 0, batch, head, row, column)]
+    return words + jnp.stack(offsets)
 
 
 def keep(
-    seed: UInt32[Array, "2"],
-    shape: tuple[int, ...],
-    rate: float,
-    row: Array | int,
-    column: Array | int,
-) -> Bool[Array, "B N T S"]:
+    words: UInt32[Array, "6"] | Any, rate: float, batch: Index, head: Index, row: Index, column: Index
+) -> Bool[Array, "..."]:
     """Which attention probabilities survive.
 
     A counter-based generator: each bit depends on the seed and on its own (batch, head, query, key) index alone.
-    The mixer is the 32-bit finaliser of MurmurHash3.
+    The mixer is the 32-bit finaliser of MurmurHash3. Elementwise, so it runs inside kernels.
 
     Args:
-        seed: Two words.
-        shape: (B, N, T, S) of the block asked for.
-        rate: Share of probabilities to drop, 0 to 1.
-        row: Index of the block's first query.
-        column: Index of the block's first key.
+        words: Two words of seed, and the indices at which this part of the array starts; in a kernel, a reference.
+        rate: Share of probabilities to drop, 0 to 1, in steps of 2^-24.
+        batch: Index into the batch, counted from the origin; the four broadcast against each other.
+        head: Index of the head.
+        row: Index of the query.
+        column: Index of the key.
 
     Returns:
-        True where the probability is kept.
+        True where the probability is kept, in the shape of the indices broadcast.
     """
-    B, N, T, S = shape
-    heads = jnp.arange(B * N, dtype=jnp.uint32).reshape(B, N, 1, 1)
-    rows = jnp.arange(T, dtype=jnp.uint32).reshape(1, 1, T, 1) + jnp.uint32(row)
-    columns = jnp.arange(S, dtype=jnp.uint32).reshape(1, 1, 1, S) + jnp.uint32(column)
-    lines = _mix(_mix(heads ^ seed[0]) + rows)  # one word per query row; cheap next to the last mix
-    bits = _mix(lines ^ _mix(columns + seed[1]))
-    return bits >= jnp.uint32(rate * 2**32)
+    batch, head, row, column = (
+        jnp.asarray(index).astype(jnp.uint32) + words[2 + i] for i, index in enumerate((batch, head, row, column))
+    )
+    # One word per (batch, head), per query and per key: cheap next to the last mix, one for every probability.
+    lines = _mix(_mix(_mix(batch ^ words[0]) + head) + row)
+    bits = _mix(lines ^ _mix(column + words[1]))
+    return (bits >> jnp.uint32(8)).astype(jnp.int32) >= jnp.int32(rate * 2**24)
 
 
 def _mix(x: Array) -> Array:
