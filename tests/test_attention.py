@@ -69,7 +69,7 @@ class TestEveryImplementation:
     """The same demands on all: "flash" runs as the TPU kernel, interpreted."""
 
     @every_implementation
-    @settings(max_examples=8)
+    @settings(max_examples=6)
     @given(
         seed=st.integers(0, 10_000),
         B=st.integers(1, 3),

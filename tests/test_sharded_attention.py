@@ -70,6 +70,19 @@ def test_sharded_equals_unsharded(implementation, sizes, rate):
         assert_close_relative(actual, wanted, GRADIENT)
 
 
+@pytest.mark.parametrize(("axes", "implementation"), [(("data", "tensor"), "flash"), (("fsdp", "sequence"), None)])
+def test_a_mesh_in_context_is_enough(axes, implementation):
+    qkv, _, segments, tables = inputs()
+    options = {"heads": N, "segments": segments, "rope": tables}
+    expected = attention(*qkv, **options)
+    mesh = jax.make_mesh((2, 2), axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        run = jax.jit(functools.partial(attention, **options, implementation=implementation))
+        out = run(*(jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes[0]))) for x in qkv))
+    assert_close(out, expected, 2 * ATTENTION)
+    assert len(out.sharding.device_set) == 4
+
+
 def collectives(sizes):
     """Names of the collective operations of a training step's attention, with how often each is in the program."""
     qkv, probe, segments, tables = inputs(8 if sizes[0] == 8 else B)

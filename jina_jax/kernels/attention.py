@@ -1,19 +1,19 @@
 """The one entry to attention. The rest of this folder is how it is computed."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jax.sharding import AxisType
+from jaxtyping import Array, Float, Int
 
-from jina_jax.kernels import blockwise, tpu
 from jina_jax.kernels.dropout import words_from_key
-from jina_jax.kernels.reference import reference
+from jina_jax.kernels.fused import FLASH_HEAD_DIMS, attend, default
+from jina_jax.kernels.sharded import sharded_attention
 
 IMPLEMENTATIONS = ("reference", "blockwise", "flash")
-FLASH_HEAD_DIMS = (32, 64, 128)
+# Axes of a mesh in context (`jax.set_mesh`) over which the kernels split rows, heads and tokens.
+BATCH_AXES, HEAD_AXES, SEQUENCE_AXIS = ("data", "fsdp"), ("tensor",), "sequence"
 
 Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
@@ -51,6 +51,8 @@ def attention(
             in every implementation.
         implementation: "reference" (all scores at once), "blockwise" (plain XLA, memory linear in T) or "flash" (the
             kernel of the TPU or GPU; elsewhere interpreted, which is slow); None takes the best for the device.
+            With a mesh in context (`jax.set_mesh`) the kernel runs where the shards are: rows are split over its
+            axes "data" and "fsdp", heads over "tensor", and a ring runs over "sequence".
 
     Returns:
         Weighted values in the shape and type of `v`; zeros at padding.
@@ -72,98 +74,51 @@ def attention(
             raise ValueError("give segments or lengths, not both")
         segments = (jnp.arange(q.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
 
+    shape = v.shape
+    q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    if split := _split(implementation, q.shape[0], heads):
+        return sharded_attention(
+            q,
+            k,
+            v,
+            heads=heads,
+            **split,
+            segments=segments,
+            rope=rope,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            implementation=implementation,
+        ).reshape(shape)
     words = words_from_key(dropout_key)
-    q, k, v, shape = *(x.reshape(*x.shape[:2], -1) for x in (q, k, v)), v.shape
     return attend(q, k, v, segments, rope, words, implementation, heads, dropout_rate).reshape(shape)
 
 
-def attend(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B T D"],
-    v: Float[Array, "B T D"],
-    segments: Int[Array, "B T"] | None,
-    rope: Rope | None,
-    words: UInt32[Array, "6"],
-    implementation: str,
-    heads: int,
-    rate: float,
-) -> Float[Array, "B T D"]:
-    """`attention` with everything decided: heads side by side, dropout as words (see `dropout.keep`)."""
-    if implementation == "reference":
-        q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-        return reference(q, k, v, segments, rope, words, rate).reshape(*q.shape[:2], -1)
-    return _fused(q, k, v, segments, rope, words, implementation, heads, rate)
+def _split(implementation: str, rows: int, heads: int) -> dict[str, Any]:
+    """How to split a call over the mesh in context; empty if the compiler can do so by itself, or nothing is split.
 
-
-def default(head_dim: int) -> str:
-    """The best implementation for the device that programs are traced for.
-
-    That is the device of the mesh in context (`jax.sharding.use_abstract_mesh`, for compiling ahead of time), or
-    the default device. On CPUs blockwise is the faster one at every length (tests/benchmarks/attention.py).
-
-    Args:
-        head_dim: Size H of a head.
-
-    Returns:
-        A name in `IMPLEMENTATIONS`.
+    It can for plain XLA, but not for kernels, and not into a ring.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "flash" if platform in ("tpu", "gpu") and head_dim in FLASH_HEAD_DIMS else "blockwise"
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name
+        for name, type_ in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if type_ != AxisType.Manual and mesh.shape[name] > 1
+    }
+    sequence = SEQUENCE_AXIS if SEQUENCE_AXIS in free and implementation != "reference" else None
 
+    def dividing(axes: tuple[str, ...], count: int) -> tuple[str, ...]:
+        """Those axes over which so many can be split evenly, in order."""
+        chosen: list[str] = []
+        for name in axes:
+            if name in free and count % mesh.shape[name] == 0:
+                chosen.append(name)
+                count //= mesh.shape[name]
+        return tuple(chosen)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _fused(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B T D"],
-    v: Float[Array, "B T D"],
-    segments: Int[Array, "B T"] | None,
-    rope: Rope | None,
-    words: UInt32[Array, "6"],
-    implementation: str,
-    heads: int,
-    rate: float,
-) -> Float[Array, "B T D"]:
-    """Attention with the backward pass written by hand, from the saved logsumexp."""
-    return __fused_forward(q, k, v, segments, rope, words, implementation, heads, rate)[0]
-
-
-def __fused_forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Array | None,
-    rope: Rope | None,
-    words: Array,
-    implementation: str,
-    heads: int,
-    rate: float,
-) -> tuple[Array, tuple]:
-    forward, _ = passes(implementation)
-    inputs = (q, k, v, segments, segments, rope, words)
-    out, logsumexp = forward(*inputs, heads=heads, rate=rate, dtype=v.dtype)
-    return out, (*inputs, out, logsumexp)
-
-
-def __fused_backward(implementation: str, heads: int, rate: float, residuals: tuple, d_out: Array) -> tuple:
-    _, backward = passes(implementation)
-    return *backward(*residuals, d_out, heads=heads, rate=rate, dtype=d_out.dtype), None, None, None
-
-
-_fused.defvjp(__fused_forward, __fused_backward)
-
-
-def passes(implementation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward pass of "blockwise" or "flash"; `blockwise.forward` documents the arguments."""
-    if implementation == "blockwise":
-        return blockwise.forward, blockwise.backward
-    return functools.partial(_by_platform, "forward"), functools.partial(_by_platform, "backward")
-
-
-def _by_platform(name: str, *arrays: Any, **options: Any) -> Any:
-    """Run the kernel of the platform that the program is compiled for."""
-    run = functools.partial(getattr(tpu, name), **options)
-    return jax.lax.platform_dependent(*arrays, tpu=run, default=functools.partial(run, interpret=True))
+    batch, head = dividing(BATCH_AXES, rows), dividing(HEAD_AXES, heads)
+    if sequence is None and (implementation != "flash" or not batch + head):
+        return {}
+    return {"mesh": mesh, "batch": batch or None, "head": head or None, "sequence": sequence}
 
 
 def _heads(q: Array, heads: int | None) -> tuple[int, int]:

@@ -53,4 +53,5 @@ def reference(
     if rate:
         index = jnp.ix_(*(jnp.arange(size) for size in weights.shape))
         weights = jnp.where(keep(words, rate, *index), weights / (1 - rate), 0.0)
-    return dot("BNTS,BSNH->BTNH", weights.astype(v.dtype), v).astype(v.dtype)
+    out = dot("BNTS,BSNH->BTNH", weights.astype(v.dtype), v).astype(v.dtype)
+    return jnp.where((segments > 0)[:, :, None, None], out, jnp.zeros((), v.dtype))  # for what d_out holds there

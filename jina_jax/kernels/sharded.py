@@ -10,8 +10,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from jina_jax import rope as rotary
-from jina_jax.kernels.attention import attend, default, passes
 from jina_jax.kernels.dropout import shift, words_from_key
+from jina_jax.kernels.fused import attend, default, passes
 
 Axes = str | Sequence[str] | None
 Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
