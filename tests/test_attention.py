@@ -1,5 +1,7 @@
 """Every implementation of attention against the definition in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,8 +90,8 @@ class TestEveryImplementation:
         probe = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
         key = jax.random.key(seed) if rate else None
 
-        # One program per example: compiling is what takes the time here.
-        @jax.jit
+        # One program per example: compiling is what takes the time here, so it is told not to optimise.
+        @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         def run(*qkv):
             call = lambda *x: attention(  # noqa: E731
                 *x,
@@ -112,8 +114,11 @@ class TestEveryImplementation:
         # Dropout scales what is kept, and its error with it.
         assert_close(out, expected, ATTENTION / (1 - rate))
         np.testing.assert_array_equal(np.asarray(out)[segments == 0], 0)
+        # The gradients of q and k are differences that cancel where there are few keys (for one key exactly): the
+        # smallest scale for their error is a tenth of the largest gradient's.
+        floor = 0.1 * max(np.abs(wanted).max() for wanted in expected_gradients)
         for actual, wanted in zip(gradients, expected_gradients, strict=True):
-            assert_close_relative(actual, wanted, GRADIENT)
+            assert_close_relative(actual, wanted, GRADIENT, floor)
 
     @every_implementation
     @pytest.mark.parametrize("masks", ["holes", "lengths"])
