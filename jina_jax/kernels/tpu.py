@@ -300,7 +300,7 @@ def _launch(
         rows=rows,
         row=queries.padded,
         rate=rate,
-        turn=sizes.turn,
+        turn=min(sizes.turn, 2),  # with masks every stage exists twice, and long turns take long to compile
         turns=None,
         masked=q_segments is not None,
     )
@@ -309,8 +309,9 @@ def _launch(
     by_query, by_key = (lambda b, g, i, j: (b, 0, i)), (lambda b, g, i, j: (b, 0, j))
     if q_segments is None or k_segments is None:
         pairs = np.ones((1, T // shape.query, S // shape.key), bool)
-        even = rows * pairs.size // (queries.spans * keys.spans) % sizes.turn == 0
-        shape = shape._replace(turn=sizes.turn if even else 1)  # without masks there are no blanks to fill up with
+        # Without masks there are no blank items to fill the last turn with, so turns must come out even.
+        count = rows * pairs.size // (queries.spans * keys.spans)
+        shape = shape._replace(turn=next(turn for turn in range(sizes.turn, 0, -1) if count % turn == 0))
         items = tiles.pack(*_side_by_side(pairs, pairs, rows, np), (queries.spans, keys.spans), shape.turn, np)
         shape = shape._replace(turns=int(items[0, 0, 0]))
     else:
