@@ -11,6 +11,7 @@ from numerics import ATTENTION, GRADIENT, assert_close, assert_close_relative
 
 from jina_jax import rope
 from jina_jax.kernels import blockwise, dropout, tiles, tpu
+from jina_jax.kernels.common import Inputs
 
 # Uninitialised memory reads as NaN, reading or writing out of bounds raises, and the grid runs in random order
 # wherever the kernel says that the order does not matter.
@@ -37,23 +38,23 @@ def inputs(masks, T=256, heads=2, H=64):
     }[masks]
     tables = tuple(jnp.asarray(table)[None] for table in rope.tables(T, H, 20_000.0))
     words = dropout.words_from_key(jax.random.key(0))
-    return (q, k, v, segments, segments, tables, words), d_out, {"heads": heads, "rate": 0.0, "dtype": jnp.float32}
+    return Inputs(q, k, v, segments, segments, tables, words, heads, 0.0), d_out
 
 
 @pytest.mark.parametrize(("masks", "seed"), [("none", 1), ("packed", 2)])
 def test_kernels_are_clean(masks, seed):
-    arguments, d_out, options = inputs(masks)
+    arguments, d_out = inputs(masks)
     interpret = pltpu.InterpretParams(**STRICT, random_seed=seed)
-    expected, logsumexp = blockwise.forward(*arguments, **options)
-    out, lse = tpu.forward(*arguments, **options, interpret=interpret, sizes=SIZES)
+    expected, logsumexp = blockwise.forward(arguments, jnp.float32)
+    out, lse = tpu.forward(arguments, jnp.float32, interpret=interpret, sizes=SIZES)
     assert not races_found()
     assert_close(out, expected, ATTENTION)
     assert_close_relative(lse, logsumexp, ATTENTION)
 
-    gradients = tpu.backward(*arguments, out, lse, d_out, **options, interpret=interpret, sizes=SIZES)
+    gradients = tpu.backward(arguments, out, lse, d_out, jnp.float32, interpret=interpret, sizes=SIZES)
     assert not races_found()
     for actual, wanted in zip(
-        gradients, blockwise.backward(*arguments, expected, logsumexp, d_out, **options), strict=True
+        gradients, blockwise.backward(arguments, expected, logsumexp, d_out, jnp.float32), strict=True
     ):
         assert_close_relative(actual, wanted, GRADIENT)
 

@@ -15,8 +15,9 @@ from numerics import ATTENTION, GRADIENT, assert_close, assert_close_relative
 
 from jina_jax import rope
 from jina_jax.kernels import gpu, hopper, triton
+from jina_jax.kernels.common import NO_KEYS, Inputs
 from jina_jax.kernels.dropout import keep, words_from_key
-from jina_jax.kernels.triton import NEVER, Size
+from jina_jax.kernels.triton import Size
 
 MASKS = ("none", "lengths", "packed", "holes", "odd")
 WORDS = words_from_key(jax.random.key(7)) + np.array([0, 0, 1, 2, 3, 4], np.uint32)
@@ -60,7 +61,7 @@ def definition(q, k, v, q_segments, k_segments, tables, heads, rate):
         index = jnp.ix_(*(jnp.arange(size, dtype=jnp.int32) for size in weights.shape))
         weights = jnp.where(keep(jnp.asarray(WORDS), rate, *index), weights / (1 - rate), 0.0)
     out = jnp.einsum("bnts,bsnh->btnh", weights, v)
-    logsumexp = jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-300)), float(np.float32(NEVER)))[..., 0]
+    logsumexp = jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-300)), float(np.float32(NO_KEYS)))[..., 0]
     return out.reshape(*out.shape[:2], -1), logsumexp
 
 
@@ -74,13 +75,12 @@ def turn(x, cos, sin):
 def run(q, k, v, d_out, q_segments=None, k_segments=None, tables=None, heads=1, rate=0.0, dtype=jnp.float32):
     """Output, logsumexp and gradients of the kernels, interpreted."""
     q_segments, k_segments = (None if x is None else jnp.asarray(x) for x in (q_segments, k_segments))
-    options = {"heads": heads, "rate": rate, "dtype": dtype, "interpret": True}
 
     @jax.jit
     def both(q, k, v, d_out):
-        inputs = (q, k, v, q_segments, k_segments, tables, jnp.asarray(WORDS))
-        out, logsumexp = gpu.forward(*inputs, **options)
-        return out, logsumexp, *gpu.backward(*inputs, out, logsumexp, d_out, **options)
+        inputs = Inputs(q, k, v, q_segments, k_segments, tables, jnp.asarray(WORDS), heads, rate)
+        out, logsumexp = gpu.forward(inputs, dtype, interpret=True)
+        return out, logsumexp, *gpu.backward(inputs, out, logsumexp, d_out, dtype, interpret=True)
 
     return both(q, k, v, d_out)
 
@@ -167,14 +167,14 @@ def test_bfloat16_is_as_good_as_its_inputs():
 def test_parts_of_the_keys_add_up():
     (q, k, v, d_out), segments = draw(0, 2, 90, 1, 32, "packed", jnp.bfloat16)
     segments = jnp.asarray(segments)
-    options = {"heads": 1, "rate": 0.0, "dtype": jnp.float32, "interpret": True}
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def part(start, stop, q, k, v, d_out, whole=None):
         keys = slice(start, stop)
-        inputs = (q, k[:, keys], v[:, keys], segments, segments[:, keys], None, jnp.asarray(WORDS))
-        out, logsumexp = gpu.forward(*inputs, **options)
-        return out, logsumexp, *gpu.backward(*inputs, *(whole or (out, logsumexp)), d_out, **options)
+        inputs = Inputs(q, k[:, keys], v[:, keys], segments, segments[:, keys], None, jnp.asarray(WORDS), 1, 0.0)
+        out, logsumexp = gpu.forward(inputs, jnp.float32, interpret=True)
+        given = *(whole or (out, logsumexp)), d_out
+        return out, logsumexp, *gpu.backward(inputs, *given, jnp.float32, interpret=True)
 
     out, logsumexp, *gradients = part(0, 90, q, k, v, d_out)
     assert out.dtype == jnp.float32
@@ -235,7 +235,8 @@ def test_hopper_equals_the_definition(masks, T, S, H, dtype):
         segments = jnp.asarray(segments)
         q, k, v = (jnp.where((segments != 0)[:, :, None], x, jnp.nan).astype(x.dtype) for x in (q, k, v))
     interpret = mosaic.InterpretGPUParams(detect_races=True)
-    out, logsumexp = hopper.forward(q, k, v, segments, segments, heads=1, dtype=dtype, interpret=interpret)
+    inputs = Inputs(q, k, v, segments, segments, None, jnp.asarray(WORDS), 1, 0.0)
+    out, logsumexp = hopper.forward(inputs, dtype, interpret=interpret)
     assert out.dtype == dtype
     assert_close(out, expected, 4 * 2**-8)
     assert_close(logsumexp, expected_logsumexp, 2 * ATTENTION)
@@ -252,8 +253,9 @@ def test_the_interpreter_finds_races(monkeypatch):
     monkeypatch.setattr(hopper, "_fetch", names["_fetch"])
     x = jnp.ones((1, 640, 64), jnp.bfloat16)
     interpret = mosaic.InterpretGPUParams(detect_races=True)
+    inputs = Inputs(x, x, x, None, None, None, jnp.asarray(WORDS), 1, 0.0)
     with pytest.raises(Exception, match="race"):
-        jax.block_until_ready(hopper.forward(x, x, x, None, None, heads=1, dtype=x.dtype, interpret=interpret))
+        jax.block_until_ready(hopper.forward(inputs, x.dtype, interpret=interpret))
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -265,13 +267,12 @@ def test_lowers_without_a_gpu(platform, kind, rate, monkeypatch):
     monkeypatch.setattr(gpu, "HOPPER", ("H100",))
     x, segments = jax.ShapeDtypeStruct((2, 304, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2, 304), jnp.int32)
     table, words = jax.ShapeDtypeStruct((1, 304, 32), jnp.float32), jax.ShapeDtypeStruct((6,), jnp.uint32)
-    options = {"heads": 2, "rate": rate, "dtype": jnp.bfloat16}
 
     @jax.jit
     def both(q, segments, tables, words):
-        inputs = (q, q, q, segments, segments, tables, words)
-        out, logsumexp = gpu.forward(*inputs, **options)
-        return gpu.backward(*inputs, out, logsumexp, out, **options)
+        inputs = Inputs(q, q, q, segments, segments, tables, words, 2, rate)
+        out, logsumexp = gpu.forward(inputs, q.dtype)
+        return gpu.backward(inputs, out, logsumexp, out, q.dtype)
 
     device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):

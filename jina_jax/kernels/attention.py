@@ -7,15 +7,14 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
+from jina_jax.kernels.common import Inputs, Rope
 from jina_jax.kernels.dropout import words_from_key
 from jina_jax.kernels.fused import FLASH_HEAD_DIMS, attend, default
-from jina_jax.kernels.sharded import sharded_attention
+from jina_jax.kernels.sharded import attend_sharded
 
 IMPLEMENTATIONS = ("reference", "blockwise", "flash")
 # Axes of a mesh in context (`jax.set_mesh`) over which the kernels split rows, heads and tokens.
 BATCH_AXES, HEAD_AXES, SEQUENCE_AXIS = ("data", "fsdp"), ("tensor",), "sequence"
-
-Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
 
 def attention(
@@ -67,30 +66,17 @@ def attention(
         raise ValueError(f"unknown attention {implementation=}; choose from: {', '.join(IMPLEMENTATIONS)}")
     if implementation == "flash" and head_dim not in FLASH_HEAD_DIMS:
         raise ValueError(f"the flash kernel takes head sizes {FLASH_HEAD_DIMS}, not {head_dim}; use 'blockwise'")
-    if dropout_rate and dropout_key is None:
-        raise ValueError(f"{dropout_rate=} needs a dropout_key")
+    words = words_from_key(dropout_key, dropout_rate)
     if lengths is not None:
         if segments is not None:
             raise ValueError("give segments or lengths, not both")
         segments = (jnp.arange(q.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
 
-    shape = v.shape
-    q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    q, k, v, shape = *(x.reshape(*x.shape[:2], -1) for x in (q, k, v)), v.shape
+    inputs = Inputs(q, k, v, segments, segments, rope, words, heads, dropout_rate)
     if split := _split(implementation, q.shape[0], heads):
-        return sharded_attention(
-            q,
-            k,
-            v,
-            heads=heads,
-            **split,
-            segments=segments,
-            rope=rope,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
-            implementation=implementation,
-        ).reshape(shape)
-    words = words_from_key(dropout_key)
-    return attend(q, k, v, segments, rope, words, implementation, heads, dropout_rate).reshape(shape)
+        return attend_sharded(inputs, implementation, **split).reshape(shape)
+    return attend(inputs, implementation).reshape(shape)
 
 
 def _split(implementation: str, rows: int, heads: int) -> dict[str, Any]:

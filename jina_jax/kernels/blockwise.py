@@ -8,48 +8,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from jina_jax import rope as rotary
+from jina_jax.kernels.common import NO_KEYS, Inputs, clean, dot, join, split
 from jina_jax.kernels.dropout import keep, shift
 
 BLOCK = 512
-NO_KEYS = -1e30  # logsumexp of a query without keys
-
-Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
 
-def forward(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B S D"],
-    v: Float[Array, "B S D"],
-    q_segments: Int[Array, "B T"] | None,
-    k_segments: Int[Array, "B S"] | None,
-    rope: Rope | None,
-    words: UInt32[Array, "6"],
-    *,
-    heads: int,
-    rate: float,
-    dtype: Any,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
-    """Attention, and the logsumexp of the scaled scores, a block of queries and a block of keys at a time.
+def forward(inputs: Inputs, dtype: Any) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
+    """Attention, a block of queries and a block of keys at a time, as `Inputs` describes it.
 
     Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        q_segments: 0 for padding; queries see the keys of the same segment. None, for both, means one segment.
-        k_segments: Segments of the keys.
-        rope: Cosines and sines that rotate queries and keys, which are then of one length.
-        words: Seed and origin for dropout.
-        heads: Number N of heads.
-        rate: Share of probabilities to drop.
+        inputs: What to compute it from.
         dtype: Type of the output.
 
     Returns:
-        Weighted values, zeros for queries without keys, and logsumexp (there -1e30).
+        Output and logsumexp.
     """
-    q, k, v, q_segments, k_segments = _prepare(q, k, v, q_segments, k_segments, rope, heads)
+    q, k, v, q_segments, k_segments = _prepare(inputs)
+    words, rate = inputs.words, inputs.rate
     B, T, N, H = q.shape
     size = _block_size(T)
     queries, keys = _blocks(size, q, q_segments), _blocks(_block_size(k.shape[1]), k, v, k_segments)
@@ -67,7 +46,7 @@ def forward(
             total = total * shrink + weights.sum(axis=-1)
             if rate:
                 weights = jnp.where(_keep(words, rate, weights.shape, row, column), weights / (1 - rate), 0.0)
-            out = out * shrink[..., None] + _dot("BNTS,BSNH->BNTH", weights.astype(v.dtype), v_block)
+            out = out * shrink[..., None] + dot("BNTS,BSNH->BNTH", weights.astype(v.dtype), v_block)
             return (new_top, total, out), None
 
         start = (jnp.full((B, N, size), NO_KEYS), jnp.zeros((B, N, size)), jnp.zeros((B, N, size, H)))
@@ -77,51 +56,32 @@ def forward(
         return jnp.swapaxes(out, 1, 2), jnp.swapaxes(top + jnp.log(total), 1, 2)
 
     out, logsumexp = jax.lax.map(query_block, queries)
-    return _join(out, T).reshape(B, T, N * H), jnp.swapaxes(_join(logsumexp, T), 1, 2)
+    return join(_whole(out, T)), jnp.swapaxes(_whole(logsumexp, T), 1, 2)
 
 
 def backward(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B S D"],
-    v: Float[Array, "B S D"],
-    q_segments: Int[Array, "B T"] | None,
-    k_segments: Int[Array, "B S"] | None,
-    rope: Rope | None,
-    words: UInt32[Array, "6"],
+    inputs: Inputs,
     out: Float[Array, "B T D"],
     logsumexp: Float[Array, "B N T"],
     d_out: Float[Array, "B T D"],
-    *,
-    heads: int,
-    rate: float,
     dtype: Any,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"], Float[Array, "B S D"]]:
-    """Gradients of `forward`'s output with respect to queries, keys and values.
-
-    The keys may be a part of those that `out` and `logsumexp` stem from: the results are then that part's share.
+    """Gradients of `forward`'s output, as `Inputs` describes it.
 
     Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        q_segments: As in `forward`.
-        k_segments: As in `forward`.
-        rope: As in `forward`.
-        words: As in `forward`.
+        inputs: As in `forward`.
         out: What `forward` gave.
         logsumexp: What `forward` gave.
         d_out: Gradient with respect to `out`.
-        heads: Number N of heads.
-        rate: Share of probabilities to drop.
         dtype: Type of the gradients.
 
     Returns:
         Gradients of q, k and v.
     """
-    q, k, v, q_segments, k_segments = _prepare(q, k, v, q_segments, k_segments, rope, heads)
-    (_, T, N, H), S = q.shape, k.shape[1]
-    valid = (q_segments > 0)[:, :, None, None]
-    out, d_out = (jnp.where(valid, x.reshape(q.shape), jnp.zeros((), x.dtype)) for x in (out, d_out))
+    q, k, v, q_segments, k_segments = _prepare(inputs)
+    words, rate, rope = inputs.words, inputs.rate, inputs.rope
+    (_, T, _, H), S = q.shape, k.shape[1]
+    out, d_out = (clean(split(x, inputs.heads), q_segments) for x in (out, d_out))
     # The softmax's Jacobian needs sum_s p_s dp_s for every query, which equals out . d_out, dropout included.
     delta = jnp.einsum("BTNH,BTNH->BTN", out.astype(jnp.float32), d_out.astype(jnp.float32))
     logsumexp = jnp.swapaxes(logsumexp, 1, 2)
@@ -136,46 +96,43 @@ def backward(
             row, q_block, q_segments, d_out_block, delta_block, lse_block = query
             scores, visible = _scores(q_block, k_block, q_segments, k_segments)
             weights = jnp.where(visible, jnp.exp(scores - jnp.swapaxes(lse_block, 1, 2)[..., None]), 0.0)
-            d_weights = _dot("BTNH,BSNH->BNTS", d_out_block, v_block)
+            d_weights = dot("BTNH,BSNH->BNTS", d_out_block, v_block)
             dropped = weights
             if rate:
                 kept = _keep(words, rate, weights.shape, row, column)
                 dropped = jnp.where(kept, weights / (1 - rate), 0.0)
                 d_weights = jnp.where(kept, d_weights / (1 - rate), 0.0)
-            dv = dv + _dot("BNTS,BTNH->BSNH", dropped.astype(v.dtype), d_out_block)
+            dv = dv + dot("BNTS,BTNH->BSNH", dropped.astype(v.dtype), d_out_block)
             d_scores = weights * (d_weights - jnp.swapaxes(delta_block, 1, 2)[..., None])
             d_scores = d_scores.astype(q.dtype)
-            dk = dk + _dot("BNTS,BTNH->BSNH", d_scores, q_block)
-            return (dk, dv), _dot("BNTS,BSNH->BTNH", d_scores, k_block)
+            dk = dk + dot("BNTS,BTNH->BSNH", d_scores, q_block)
+            return (dk, dv), dot("BNTS,BSNH->BTNH", d_scores, k_block)
 
         zeros = jnp.zeros(k_block.shape, jnp.float32)
         d_keys_values, d_queries = jax.lax.scan(query_block, (zeros, zeros), queries)
         return dq_blocks + d_queries, d_keys_values
 
     dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(queries[1].shape, jnp.float32), keys)
-    dq, dk, dv = _join(dq, T) * H**-0.5, _join(dk, S) * H**-0.5, _join(dv, S)
+    dq, dk, dv = _whole(dq, T) * H**-0.5, _whole(dk, S) * H**-0.5, _whole(dv, S)
     if rope is not None:  # the transpose of a rotation is the rotation back
         dq, dk = (rotary.apply(x, rope[0], -rope[1]) for x in (dq, dk))
-    dq, dk, dv = (x.astype(dtype).reshape(*x.shape[:2], N * H) for x in (dq, dk, dv))
+    dq, dk, dv = (join(x.astype(dtype)) for x in (dq, dk, dv))
     return dq, dk, dv
 
 
-def _prepare(
-    q: Array, k: Array, v: Array, q_segments: Array | None, k_segments: Array | None, rope: Rope | None, heads: int
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Split heads, rotate, and zero what stands in padding: 0 times it must be 0."""
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    if rope is not None:
-        q, k = rotary.apply(q, *rope), rotary.apply(k, *rope)
-    if q_segments is None or k_segments is None:
+def _prepare(inputs: Inputs) -> tuple[Array, Array, Array, Array, Array]:
+    """Queries, keys and values [B, T, N, H], rotated and with clean padding, and the segments."""
+    inputs = inputs.rotated()
+    q, k, v = (split(x, inputs.heads) for x in (inputs.q, inputs.k, inputs.v))
+    if inputs.q_segments is None or inputs.k_segments is None:
         return q, k, v, jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
-    clean = lambda x, ids: jnp.where((ids > 0)[:, :, None, None], x, jnp.zeros((), x.dtype))  # noqa: E731
+    q_segments, k_segments = inputs.q_segments, inputs.k_segments
     return clean(q, q_segments), clean(k, k_segments), clean(v, k_segments), q_segments, k_segments
 
 
 def _scores(q: Array, k: Array, q_segments: Array, k_segments: Array) -> tuple[Array, Array]:
     """Scaled scores of one block, float32 [B, N, T, S], and which of them count, [B, 1, T, S]."""
-    scores = _dot("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
+    scores = dot("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
     visible = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments > 0)[:, None, :]
     return scores, visible[:, None]
 
@@ -183,12 +140,6 @@ def _scores(q: Array, k: Array, q_segments: Array, k_segments: Array) -> tuple[A
 def _keep(words: Array, rate: float, shape: tuple[int, ...], row: Array, column: Array) -> Array:
     """Which probabilities of a block [B, N, T, S] survive dropout."""
     return keep(shift(words, row=row, column=column), rate, *jnp.ix_(*(jnp.arange(size) for size in shape)))
-
-
-def _dot(pattern: str, x: Array, y: Array) -> Float[Array, "..."]:
-    """Product accumulated in float32; float32 operands are never rounded to fewer bits."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(pattern, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _block_size(length: int) -> int:
@@ -208,7 +159,7 @@ def _blocks(size: int, *arrays: Array) -> tuple[Array, ...]:
     return jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(size), *map(split, arrays)
 
 
-def _join(blocks: Array, length: int) -> Array:
+def _whole(blocks: Array, length: int) -> Array:
     """[blocks, B, size, ...] back to [B, T, ...]."""
     x = jnp.moveaxis(blocks, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -10,8 +10,21 @@ from jaxtyping import Array, Bool, Int, UInt32
 Index = int | Int[Array, "..."] | UInt32[Array, "..."]
 
 
-def words_from_key(key: Array | None) -> UInt32[Array, "6"]:
-    """Two words of seed from a `jax.random` key, typed or raw, and the origin (batch, head, row, column) = 0."""
+def words_from_key(key: Array | None, rate: float = 0.0) -> UInt32[Array, "6"]:
+    """Two words of seed from a `jax.random` key, typed or raw, and the origin (batch, head, row, column) = 0.
+
+    Args:
+        key: The key, or None if nothing is dropped.
+        rate: Share of probabilities that is to be dropped.
+
+    Returns:
+        The words.
+
+    Raises:
+        ValueError: If something is to be dropped without a key.
+    """
+    if rate and key is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key")
     if key is None:
         return jnp.zeros(6, jnp.uint32)
     return jnp.concatenate([jax.random.bits(key, (2,), jnp.uint32), jnp.zeros(4, jnp.uint32)])
@@ -42,13 +55,29 @@ def keep(
     Returns:
         True where the probability is kept, in the shape of the indices broadcast.
     """
-    batch, head, row, column = (
-        jnp.asarray(index).astype(jnp.uint32) + words[2 + i] for i, index in enumerate((batch, head, row, column))
-    )
     # One word per (batch, head), per query and per key: cheap next to the last mix, one for every probability.
-    lines = _mix(_mix(_mix(batch ^ words[0]) + head) + row)
-    bits = _mix(lines ^ _mix(column + words[1]))
-    return (bits >> jnp.uint32(8)).astype(jnp.int32) >= jnp.int32(rate * 2**24)
+    return survives(lines(words, batch, head, row), columns(words, column), rate)
+
+
+def lines(words: UInt32[Array, "6"] | Any, batch: Index, head: Index, row: Index) -> UInt32[Array, "..."]:
+    """The part of `keep` that belongs to a query."""
+    batch, head, row = (_from(words, i, index) for i, index in ((2, batch), (3, head), (4, row)))
+    return _mix(_mix(_mix(batch ^ words[0]) + head) + row)
+
+
+def columns(words: UInt32[Array, "6"] | Any, column: Index) -> UInt32[Array, "..."]:
+    """The part of `keep` that belongs to a key."""
+    return _mix(_from(words, 5, column) + words[1])
+
+
+def survives(lines: UInt32[Array, "..."], columns: UInt32[Array, "..."], rate: float) -> Bool[Array, "..."]:
+    """The part of `keep` that belongs to a pair."""
+    return _mix(lines ^ columns) >= jnp.uint32(min(int(rate * 2**24) << 8, 2**32 - 1))
+
+
+def _from(words: UInt32[Array, "6"] | Any, i: int, index: Index) -> Array:
+    """An index counted from the origin."""
+    return jnp.asarray(index).astype(jnp.uint32) + words[i]
 
 
 def _mix(x: Array) -> Array:

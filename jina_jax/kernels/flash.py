@@ -20,11 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jina_jax.kernels.dropout import keep
+from jina_jax.kernels.tiles import LANES
 
-LANES = 128
-NO_KEYS = -1e30  # logsumexp of a query without keys
 MASKED, LOWEST = -1e30, -1e29  # a masked score; a maximum that masked scores never reach, so that they weigh 0
-LOG2_E = 1.4426950408889634
 HEADER = 1  # words before the items of a list: the number of turns
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
@@ -146,40 +144,29 @@ def pipeline(
                     if first:
                         produce(first[slot], head, columns, masked)
 
-        def end() -> None:
-            for item in second:
-                for head, columns in chunks:
-                    weigh(item, head, columns)
-                    consume(item, head, columns)
-
         if first and shape.masked:
             any_masked = functools.reduce(jnp.logical_or, [item.masked for item in first])
             lax.cond(any_masked, lambda: run(True), lambda: run(False))
         else:
             run(False)
-        if not first:
-            end()
+        for item in second if not first else ():  # the last turn: what is weighed is consumed at once
+            for head, columns in chunks:
+                weigh(item, head, columns)
+                consume(item, head, columns)
 
-    @when(turns > 0)
+    @pl.when(turns > 0)
     def _start() -> None:
         turn(None, None, 0)
 
-    @when(turns == 1)
+    @pl.when(turns == 1)
     def _only() -> None:
         turn(None, 0, None)
 
-    @when(turns > 1)
+    @pl.when(turns > 1)
     def _many() -> None:
         turn(None, 0, 1)
         lax.fori_loop(1, turns - 1, lambda t, _: turn(t - 1, t, t + 1), None)
         turn(turns - 2, turns - 1, None)
-
-
-def when(condition: Any) -> Callable[[Callable[[], None]], None]:
-    """`pl.when` that decides at once what is known at once."""
-    if isinstance(condition, bool):
-        return lambda body: body() if condition else None
-    return pl.when(condition)
 
 
 def dot(x: jax.Array, y: jax.Array, dims: tuple = NN) -> jax.Array:
@@ -224,7 +211,7 @@ def tile(index: Any, size: int) -> Any:
 def for_tiles(count: int, *parts: tuple[int, Callable[[Any, Any], None]]) -> None:
     """Call `part(slice, index)` for every tile of a span, for all the given (tile size, part).
 
-    Two tiles of all parts at a time: what they do does not depend on each other and keeps more units busy.
+    Several tiles of all parts at a time: they do not depend on each other and keep more units busy.
     """
     unroll = next(n for n in (4, 2, 1) if count % n == 0)
 
@@ -260,20 +247,16 @@ def clean(refs: dict[str, Any], ids: str, rows: Any, x: jax.Array) -> jax.Array:
     return jnp.where(refs[ids][0, :, rows] > 0, x, jnp.zeros_like(x)) if ids in refs else x
 
 
-def keys_of(item: Item, shape: Shape, part: slice) -> Any:
-    """Slice of a part of the item's key tile."""
-    return pl.ds(pl.multiple_of(item.key * shape.key + part.start, shape.part), shape.part)
-
-
-def queries_of(item: Item, shape: Shape, columns: slice) -> Any:
-    """Slice of a chunk of the item's query tile."""
-    return pl.ds(pl.multiple_of(item.query * shape.query + columns.start, shape.chunk), shape.chunk)
+def part_of(index: Any, size: int, part: slice) -> Any:
+    """Slice of a part of a tile of a span."""
+    count = part.stop - part.start
+    return pl.ds(pl.multiple_of(index * size + part.start, count), count)
 
 
 def visible(shape: Shape, refs: dict[str, Any], item: Item, columns: slice, part: slice) -> jax.Array:
     """Which keys (down) each query of a chunk (across) sees. `pipeline` has set the ids of the keys."""
     key_ids = jnp.concatenate([refs["key_column"][item.slot, part]] * (shape.chunk // LANES), axis=1)
-    query_ids = refs["q_ids"][0, :, queries_of(item, shape, columns)]
+    query_ids = refs["q_ids"][0, :, part_of(item.query, shape.query, columns)]
     return key_ids == jnp.where(item.blank, -2, query_ids)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jina_jax.kernels import flash
-from jina_jax.kernels.flash import LOG2_E, MASKED, NO_KEYS, NT, Item, Shape, dot, head_rows
+from jina_jax.kernels.common import LOG2_E, NO_KEYS
+from jina_jax.kernels.flash import MASKED, NT, Item, Shape, dot, head_rows
 
 
 def body(shape: Shape, refs: dict[str, Any]) -> None:
@@ -34,9 +35,9 @@ def body(shape: Shape, refs: dict[str, Any]) -> None:
 
     def produce(item: Item, head: int, columns: slice, masked: bool) -> None:
         """Scores of a chunk, and the gradients of the weights."""
-        queries = flash.queries_of(item, shape, columns)
+        queries = flash.part_of(item.query, shape.query, columns)
         for part in shape.parts:
-            keys = flash.keys_of(item, shape, part)
+            keys = flash.part_of(item.key, shape.key, part)
             scores = dot(k[keys], refs["masked_q"][head, queries], NT)
             d_weights = dot(refs["v"][0, keys], refs["masked_d_out"][head, queries], NT)
             if masked:

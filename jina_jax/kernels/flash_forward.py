@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jina_jax.kernels import flash
-from jina_jax.kernels.flash import LOG2_E, LOWEST, MASKED, NO_KEYS, NT, Item, Shape, dot, head_rows
+from jina_jax.kernels.common import LOG2_E, NO_KEYS
+from jina_jax.kernels.flash import LOWEST, MASKED, NT, Item, Shape, dot, head_rows
 
 
 def body(shape: Shape, refs: dict[str, Any]) -> None:
@@ -29,9 +30,9 @@ def body(shape: Shape, refs: dict[str, Any]) -> None:
 
     def produce(item: Item, head: int, columns: slice, masked: bool) -> None:
         """Scores of a chunk, and their maxima."""
-        queries, row, top = flash.queries_of(item, shape, columns), slice(head, head + 1), None
+        queries, row, top = flash.part_of(item.query, shape.query, columns), slice(head, head + 1), None
         for part in shape.parts:
-            scores = dot(k[flash.keys_of(item, shape, part)], refs["masked_q"][head, queries], NT)
+            scores = dot(k[flash.part_of(item.key, shape.key, part)], refs["masked_q"][head, queries], NT)
             if masked:
                 scores = jnp.where(flash.visible(shape, refs, item, columns, part), scores, MASKED)
             refs["scores"][item.slot, head, part, columns] = scores

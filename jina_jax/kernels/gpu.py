@@ -12,14 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
-from jina_jax import rope as rotary
-from jina_jax.kernels import triton
-from jina_jax.kernels.dropout import _mix
+from jina_jax.kernels import dropout, triton
+from jina_jax.kernels.common import Inputs, target
 from jina_jax.kernels.triton import Size
-
-Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
 
 # By kernel, bytes per number, and head size. Chosen from what the compiler makes of them for A100 and H100
 # (tests/benchmarks/kernels_gpu.py): nothing spilled (but 12 bytes by "keys" of size 128 with dropout, on A100), two
@@ -52,120 +49,87 @@ HOPPER: tuple[str, ...] = ()
 
 
 def forward(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B S D"],
-    v: Float[Array, "B S D"],
-    q_segments: Int[Array, "B T"] | None,
-    k_segments: Int[Array, "B S"] | None,
-    rope: Rope | None,
-    words: UInt32[Array, "6"],
-    *,
-    heads: int,
-    rate: float,
-    dtype: Any,
-    interpret: bool = False,
+    inputs: Inputs, dtype: Any, *, interpret: bool = False
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
-    """Attention, and the logsumexp of the scaled scores.
+    """Attention, as `Inputs` describes it.
+
+    Queries and keys are rotated by XLA, which can do so along with whatever computes them, and not in the kernels.
+    There, every program would rotate every block that it walks over: the forward loop then issues a third more
+    instructions on H100 and three times as many on A100, and reads twice as much.
 
     Args:
-        q: Queries; heads of 32, 64 or 128 lie side by side.
-        k: Keys.
-        v: Values.
-        q_segments: Segments of the queries, or None together with `k_segments`.
-        k_segments: Segments of the keys.
-        rope: Cosines and sines, if queries and keys are to be rotated.
-        words: Seed and origin for dropout.
-        heads: Number N of heads.
-        rate: Dropout rate.
+        inputs: What to compute it from; heads of 32, 64 or 128.
         dtype: Type of the output.
         interpret: Whether to interpret the kernel instead of compiling it.
 
     Returns:
         Output and logsumexp.
     """
-    (B, T, D), S = q.shape, k.shape[1]
-    q, k = _rotate(q, rope, heads), _rotate(k, rope, heads)
-    if not interpret and not rate and _for_hopper(q, k, D // heads, dtype):
+    inputs = inputs.rotated()
+    if not interpret and _for_hopper(inputs, dtype):
         from jina_jax.kernels import hopper  # only where it runs: not every jaxlib has the compiler
 
-        return hopper.forward(q, k, v, q_segments, k_segments, heads=heads, dtype=dtype)
-    size = _size("forward", q.dtype, D // heads, T, S)
-    inputs = {"q": q, "k": k, "v": v, **_segments(size, q=q_segments, k=k_segments)}
-    inputs |= _dropout(words, rate, (B, heads, T, S))
+        return hopper.forward(inputs, dtype)
+    (B, T, _), S = inputs.q.shape, inputs.k.shape[1]
+    size = _size("forward", inputs.q.dtype, inputs.head_dim, T, S)
+    arrays = {"q": inputs.q, "k": inputs.k, "v": inputs.v} | _dropout(inputs)
+    arrays |= _segments(size, q=inputs.q_segments, k=inputs.k_segments)
     outputs = {
-        "out": jax.ShapeDtypeStruct(q.shape, dtype),
-        "logsumexp": jax.ShapeDtypeStruct((B, heads, T), jnp.float32),
+        "out": jax.ShapeDtypeStruct(inputs.q.shape, dtype),
+        "logsumexp": jax.ShapeDtypeStruct((B, inputs.heads, T), jnp.float32),
     }
-    results = _launch(triton.forward_kernel, size, inputs, outputs, heads, (T, S), rate, interpret)
+    results = _launch(triton.forward_kernel, size, arrays, outputs, inputs, (T, S), interpret)
     return results["out"], results["logsumexp"]
 
 
 def backward(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B S D"],
-    v: Float[Array, "B S D"],
-    q_segments: Int[Array, "B T"] | None,
-    k_segments: Int[Array, "B S"] | None,
-    rope: Rope | None,
-    words: UInt32[Array, "6"],
+    inputs: Inputs,
     out: Float[Array, "B T D"],
     logsumexp: Float[Array, "B N T"],
     d_out: Float[Array, "B T D"],
-    *,
-    heads: int,
-    rate: float,
     dtype: Any,
+    *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"], Float[Array, "B S D"]]:
-    """Gradients of `forward`'s output with respect to queries, keys and values.
+    """Gradients of `forward`'s output, as `Inputs` describes it.
 
     Args:
-        q: As in `forward`.
-        k: As in `forward`; maybe only a part of the keys that `out` and `logsumexp` stem from.
-        v: As in `forward`.
-        q_segments: As in `forward`.
-        k_segments: As in `forward`.
-        rope: As in `forward`.
-        words: As in `forward`.
+        inputs: As in `forward`.
         out: What `forward` gave.
         logsumexp: What `forward` gave.
         d_out: Gradient with respect to `out`.
-        heads: Number N of heads.
-        rate: Dropout rate.
         dtype: Type of the gradients.
         interpret: Whether to interpret the kernels instead of compiling them.
 
     Returns:
         Gradients of q, k and v.
     """
-    (B, T, D), S = q.shape, k.shape[1]
-    shared = {"q": _rotate(q, rope, heads), "k": _rotate(k, rope, heads), "v": v, "logsumexp": logsumexp}
-    shared |= {"d_out": d_out.astype(q.dtype), **_dropout(words, rate, (B, heads, T, S))}
-    shared |= {} if rope is None else {"cos": rope[0], "sin": rope[1]}
+    rope, inputs = inputs.rope, inputs.rotated()
+    q, k, T, S = inputs.q, inputs.k, inputs.q.shape[1], inputs.k.shape[1]
+    shared = {"q": q, "k": k, "v": inputs.v, "logsumexp": logsumexp, "d_out": d_out.astype(q.dtype)}
+    shared |= _dropout(inputs) | ({} if rope is None else {"cos": rope[0], "sin": rope[1]})
 
-    size = _size("queries", q.dtype, D // heads, T, S)
-    inputs = {**shared, "out": out, **_segments(size, q=q_segments, k=k_segments)}
+    size = _size("queries", q.dtype, inputs.head_dim, T, S)
+    arrays = shared | {"out": out} | _segments(size, q=inputs.q_segments, k=inputs.k_segments)
     outputs = {
         "dq": jax.ShapeDtypeStruct(q.shape, dtype),
         "delta": jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32),
     }
-    of_queries = _launch(triton.queries_kernel, size, inputs, outputs, heads, (T, S), rate, interpret)
+    of_queries = _launch(triton.queries_kernel, size, arrays, outputs, inputs, (T, S), interpret)
 
-    size = _size("keys", q.dtype, D // heads, S, T)
-    inputs = {**shared, "delta": of_queries["delta"], **_segments(size, k=k_segments, q=q_segments)}
+    size = _size("keys", q.dtype, inputs.head_dim, S, T)
+    arrays = shared | {"delta": of_queries["delta"]} | _segments(size, k=inputs.k_segments, q=inputs.q_segments)
     outputs = {name: jax.ShapeDtypeStruct(k.shape, dtype) for name in ("dk", "dv")}
-    of_keys = _launch(triton.keys_kernel, size, inputs, outputs, heads, (S, T), rate, interpret)
+    of_keys = _launch(triton.keys_kernel, size, arrays, outputs, inputs, (S, T), interpret)
     return of_queries["dq"], of_keys["dk"], of_keys["dv"]
 
 
-def _for_hopper(q: Array, k: Array, head_dim: int, dtype: Any) -> bool:
+def _for_hopper(inputs: Inputs, dtype: Any) -> bool:
     """Whether the program is traced for a Hopper GPU, and its kernel can do this."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    able = q.dtype == jnp.bfloat16 and (head_dim == 64 or (head_dim == 128 and dtype == jnp.bfloat16))
-    able &= all(x.shape[1] >= 128 and x.shape[1] % 8 == 0 for x in (q, k))
-    return device is not None and able and any(name in device.device_kind for name in HOPPER)
+    q, k, H = inputs.q, inputs.k, inputs.head_dim
+    able = q.dtype == jnp.bfloat16 and (H == 64 or (H == 128 and dtype == jnp.bfloat16)) and not inputs.rate
+    able = able and all(x.shape[1] >= 128 and x.shape[1] % 8 == 0 for x in (q, k))
+    return able and any(name in target().device_kind for name in HOPPER)
 
 
 def _size(kernel: str, dtype: Any, head_dim: int, held: int, other: int) -> Size:
@@ -177,17 +141,6 @@ def _size(kernel: str, dtype: Any, head_dim: int, held: int, other: int) -> Size
     return tuned._replace(held=held, step=step)
 
 
-def _rotate(x: Float[Array, "B L D"], rope: Rope | None, heads: int) -> Float[Array, "B L D"]:
-    """Rotated by XLA, which can do so along with whatever computes `x`, and not in the kernels.
-
-    There, every program would rotate every block that it walks over: the forward loop then issues a third more
-    instructions on H100 and three times as many on A100, and reads twice as much.
-    """
-    if rope is None:
-        return x
-    return rotary.apply(x.reshape(*x.shape[:2], heads, -1), *rope).reshape(x.shape)
-
-
 def _segments(size: Size, **segments: Array | None) -> dict[str, Array]:
     """Segments, and the blocks to visit, as inputs of a kernel; of the two sides the one held comes first."""
     held, other = segments.values()
@@ -197,34 +150,32 @@ def _segments(size: Size, **segments: Array | None) -> dict[str, Array]:
     return {names[0]: held, names[1]: other, "visits": triton.visits(held, other, size)}
 
 
-def _dropout(words: UInt32[Array, "6"], rate: float, sizes: tuple[int, int, int, int]) -> dict[str, Array]:
+def _dropout(inputs: Inputs) -> dict[str, Array]:
     """The parts of `dropout.keep` that belong to one query or one key alone, as inputs of a kernel."""
-    if not rate:
+    if not inputs.rate:
         return {}
-    indices = (jax.lax.iota(jnp.uint32, size) + words[2 + i] for i, size in enumerate(sizes))
-    batch, head, row, column = indices
-    lines = _mix(_mix(batch ^ words[0])[:, None] + head[None])
-    lines = _mix(lines[:, :, None] + row[None, None])
-    return {"lines": lines, "columns": _mix(column + words[1])[None]}
+    (B, T, _), S = inputs.q.shape, inputs.k.shape[1]
+    batch, head, row = jnp.ix_(*(jnp.arange(size) for size in (B, inputs.heads, T)))
+    columns = dropout.columns(inputs.words, jnp.arange(S))
+    return {"lines": dropout.lines(inputs.words, batch, head, row), "columns": columns[None]}
 
 
 def _launch(
     kernel: Callable,
     size: Size,
-    inputs: dict[str, Array],
+    arrays: dict[str, Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
-    heads: int,
+    inputs: Inputs,
     lengths: tuple[int, int],
-    rate: float,
     interpret: bool,
 ) -> dict[str, Array]:
     """Run a kernel for every block held, every head and every row of the batch; arrays go by their names."""
-    specs = [{name: _spec(name, x, heads) for name, x in group.items()} for group in (inputs, outputs)]
+    specs = [{name: _spec(name, x, inputs.heads) for name, x in group.items()} for group in (arrays, outputs)]
 
-    def run(inputs: dict[str, Array], ptx: bool) -> dict[str, Array]:
+    def run(arrays: dict[str, Array], ptx: bool) -> dict[str, Array]:
         call = pl.pallas_call(
-            functools.partial(kernel, size=size, lengths=lengths, rate=rate, ptx=ptx),
-            grid=(pl.cdiv(lengths[0], size.held), heads, inputs["q"].shape[0]),
+            functools.partial(kernel, size=size, lengths=lengths, rate=inputs.rate, ptx=ptx),
+            grid=(pl.cdiv(lengths[0], size.held), inputs.heads, inputs.q.shape[0]),
             in_specs=specs[:1],
             out_specs=specs[1],
             out_shape=outputs,
@@ -232,12 +183,12 @@ def _launch(
             interpret=interpret,
             name=kernel.__name__,
         )
-        return call(inputs)
+        return call(arrays)
 
     plain = functools.partial(run, ptx=False)
     if interpret:
-        return plain(inputs)
-    return jax.lax.platform_dependent(inputs, cuda=functools.partial(run, ptx=True), default=plain)
+        return plain(arrays)
+    return jax.lax.platform_dependent(arrays, cuda=functools.partial(run, ptx=True), default=plain)
 
 
 def _spec(name: str, x: Any, heads: int) -> pl.BlockSpec:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jina_jax.kernels.triton import LOG2_E, NEVER, Size, visits
+from jina_jax.kernels.common import LOG2_E, NO_KEYS, Inputs
+from jina_jax.kernels.triton import Size, visits
 
 HELD, GROUP = 128, 64  # queries of a program, and of each of the two groups that compute
 STEP = 128  # keys of a block
@@ -26,25 +27,13 @@ Row, Column = Matrix.reduce(1), Matrix.reduce(0)  # a number for every row of a 
 
 
 def forward(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B S D"],
-    v: Float[Array, "B S D"],
-    q_segments: Int[Array, "B T"] | None,
-    k_segments: Int[Array, "B S"] | None,
-    *,
-    heads: int,
-    dtype: Any,
-    interpret: Any = None,
+    inputs: Inputs, dtype: Any, *, interpret: Any = None
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
-    """Attention, and the logsumexp of the scaled scores.
+    """Attention, as `Inputs` describes it.
 
     Args:
-        q: Queries, rotated; their number T and the number S of keys are multiples of 8, and 128 at least.
-        k: Keys, rotated.
-        v: Values.
-        q_segments: Segments of the queries, or None together with `k_segments`.
-        k_segments: Segments of the keys.
-        heads: Number N of heads, of size 64 or 128.
+        inputs: What to compute it from: rotated, without dropout, heads of 64 or 128; numbers of queries and keys are
+            multiples of 8, and 128 at least.
         dtype: Type of the output.
         interpret: `InterpretGPUParams` to interpret the kernel instead of compiling it. The second product then takes
             the probabilities from shared memory, since the interpreter knows no other way.
@@ -52,17 +41,18 @@ def forward(
     Returns:
         Output and logsumexp.
     """
-    (B, T, D), S, blocks = q.shape, k.shape[1], pl.cdiv(q.shape[1], HELD)
-    H = D // heads
-    inputs = {"q": q, "k": k, "v": v}
+    q, k, v, heads, H = inputs.q, inputs.k, inputs.v, inputs.heads, inputs.head_dim
+    q_segments, k_segments = inputs.q_segments, inputs.k_segments
+    (B, T, _), S, blocks = q.shape, k.shape[1], pl.cdiv(q.shape[1], HELD)
+    arrays = {"q": q, "k": k, "v": v}
     if S % STEP and (q_segments is None or k_segments is None):
         q_segments, k_segments = (jnp.ones((B, length), jnp.int32) for length in (T, S))
     if q_segments is not None and k_segments is not None:
         # Padding among keys is masked in the scores, but 0 times a value must be 0 too.
-        inputs["v"] = jnp.where((k_segments != 0)[:, :, None], v, jnp.zeros((), v.dtype))
-        inputs["visits"] = visits(q_segments, k_segments, Size(HELD, STEP, 12, SLOTS[H]))
+        arrays["v"] = jnp.where((k_segments != 0)[:, :, None], v, jnp.zeros((), v.dtype))
+        arrays["visits"] = visits(q_segments, k_segments, Size(HELD, STEP, 12, SLOTS[H]))
         for name, ids, block in (("q_ids", q_segments, HELD), ("k_ids", k_segments, STEP)):
-            inputs[name] = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)))
+            arrays[name] = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)))
     outputs = {
         "out": jax.ShapeDtypeStruct(q.shape, dtype),
         "logsumexp": jax.ShapeDtypeStruct((B, heads, blocks * HELD), jnp.float32),
@@ -86,8 +76,8 @@ def forward(
     }
 
     def hopper_forward(*refs: Any) -> None:
-        arrays = dict(zip([*inputs, *outputs], refs, strict=True))
-        pl.run_scoped(functools.partial(_program, arrays), memory, barriers, collective_axes="group")
+        named = dict(zip([*arrays, *outputs], refs, strict=True))
+        pl.run_scoped(functools.partial(_program, named), memory, barriers, collective_axes="group")
 
     call = mosaic.kernel(
         hopper_forward,
@@ -99,7 +89,7 @@ def forward(
         compiler_params=mosaic.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    out, logsumexp = call(*inputs.values())
+    out, logsumexp = call(*arrays.values())
     return out, logsumexp[:, :, :T]
 
 
@@ -180,10 +170,10 @@ def _compute(work: _Work, group: Array) -> None:
         mosaic.barrier_arrive(barriers["k free"].at[slot])
         if masked and q_ids is not None:
             k_ids = _load(arrays["k_ids"], (work.row, work.keys(i)), Column)
-            scores = jnp.where(_spread(q_ids, scores, 0) == _spread(k_ids, scores, 1), scores, NEVER)
+            scores = jnp.where(_spread(q_ids, scores, 0) == _spread(k_ids, scores, 1), scores, NO_KEYS)
         top, before = jnp.maximum(top, scores.max(axis=1)), top
-        # A query that has seen no key yet takes nothing off, so that NEVER stays the exponent of zero.
-        shift = jnp.where(top == NEVER, 0.0, top * scale) if masked else top * scale
+        # A query that has seen no key yet takes nothing off, so that NO_KEYS stays the exponent of zero.
+        shift = jnp.where(top == NO_KEYS, 0.0, top * scale) if masked else top * scale
         weights, shrink = jnp.exp2(scores * scale - _spread(shift, scores, 0)), jnp.exp2(before * scale - shift)
         total = total * shrink + weights.sum(axis=1)
         weights = weights.astype(q.dtype)
@@ -196,18 +186,18 @@ def _compute(work: _Work, group: Array) -> None:
         mosaic.barrier_arrive(barriers["v free"].at[slot])
         return top, total, out * _spread(shrink, out, 0) + more
 
-    nothing = [jnp.full((GROUP,), x, jnp.float32) for x in (NEVER, 0.0)]
+    nothing = [jnp.full((GROUP,), x, jnp.float32) for x in (NO_KEYS, 0.0)]
     carry = *(mosaic.layout_cast(x, Row) for x in nothing), mosaic.layout_cast(jnp.zeros((GROUP, H)), Matrix)
     carry = jax.lax.fori_loop(0, work.clear, functools.partial(turn, masked=False), carry)
     if q_ids is not None:
         carry = jax.lax.fori_loop(work.clear, work.total, functools.partial(turn, masked=True), carry)
     top, total, out = carry
 
-    seen = top != NEVER if q_ids is None else (top != NEVER) & (q_ids != 0)
+    seen = top != NO_KEYS if q_ids is None else (top != NO_KEYS) & (q_ids != 0)
     out = jnp.where(_spread(seen, out, 0), out * _spread(1 / total, out, 0), 0.0)
     target = memory["out" if "out" in memory else "q"].at[group]  # the queries have been used
     target[...] = out.astype(target.dtype)
-    memory["logsumexp"].at[group][...] = jnp.where(seen, top * H**-0.5 + jnp.log(total), NEVER)
+    memory["logsumexp"].at[group][...] = jnp.where(seen, top * H**-0.5 + jnp.log(total), NO_KEYS)
     mosaic.commit_smem()
     mosaic.copy_smem_to_gmem(target, arrays["out"].at[work.row, queries, work.columns()])
     mosaic.copy_smem_to_gmem(memory["logsumexp"].at[group], arrays["logsumexp"].at[work.row, work.head, queries])

@@ -1,20 +1,21 @@
 """Attention over several devices: heads and batch by `shard_map`, long sequences by passing keys round a ring."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
-from jina_jax import rope as rotary
+from jina_jax.kernels.common import Inputs, Rope, join, split
 from jina_jax.kernels.dropout import shift, words_from_key
 from jina_jax.kernels.fused import attend, default, passes
 
 Axes = str | Sequence[str] | None
-Rope = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
+AnyMesh = Mesh | jax.sharding.AbstractMesh
 
 
 def sharded_attention(
@@ -23,7 +24,7 @@ def sharded_attention(
     v: Float[Array, "B T D"],
     *,
     heads: int,
-    mesh: Mesh | jax.sharding.AbstractMesh,
+    mesh: AnyMesh,
     batch: Axes = None,
     head: Axes = None,
     sequence: str | None = None,
@@ -60,19 +61,26 @@ def sharded_attention(
     Raises:
         ValueError: If heads or tokens cannot be split evenly.
     """
-    B, T, D = q.shape
-    over = {"rows": (B, batch), "heads": (heads, head), "tokens": (T, sequence)}
+    words = words_from_key(dropout_key, dropout_rate)
+    inputs = Inputs(q, k, v, segments, segments, rope, words, heads, dropout_rate)
+    implementation = implementation or default(inputs.head_dim)
+    return attend_sharded(inputs, implementation, mesh, batch, head, sequence)
+
+
+def attend_sharded(
+    inputs: Inputs, implementation: str, mesh: AnyMesh, batch: Axes, head: Axes, sequence: str | None
+) -> Float[Array, "B T D"]:
+    """`attend` on a mesh; `sharded_attention` has the arguments."""
+    B, T, _ = inputs.q.shape
+    over = {"rows": (B, batch), "heads": (inputs.heads, head), "tokens": (T, sequence)}
     for what, (count, axes) in over.items():
         if count % _size(mesh, axes):
             devices = f"mesh axes {axes} of {_size(mesh, axes)} devices"
             raise ValueError(f"{count} {what} cannot be split evenly over {devices}")
-    if dropout_rate and dropout_key is None:
-        raise ValueError(f"{dropout_rate=} needs a dropout_key")
-    implementation = implementation or default(D // heads)
     if sequence is not None and implementation == "reference":
         raise ValueError("'reference' holds all scores at once and has no ring; use 'blockwise' or 'flash'")
-    words = words_from_key(dropout_key)
 
+    rope = inputs.rope
     vectors, ids = PartitionSpec(batch, sequence, head), PartitionSpec(batch, sequence)
     table = None if rope is None else PartitionSpec(batch if rope[0].shape[0] == B and B > 1 else None, sequence)
 
@@ -84,67 +92,43 @@ def sharded_attention(
         check_vma=False,
     )
     def run(q: Array, k: Array, v: Array, segments: Array | None, rope: Rope | None, words: Array) -> Array:
-        local = heads // _size(mesh, head)
+        local = inputs.heads // _size(mesh, head)
         words = shift(words, batch=_index(mesh, batch) * q.shape[0], head=_index(mesh, head) * local)
-        if sequence is None:
-            return attend(q, k, v, segments, rope, words, implementation, local, dropout_rate)
-        if rope is not None:  # keys travel rotated
-            q, k = (rotary.apply(x.reshape(*x.shape[:2], local, -1), *rope).reshape(x.shape) for x in (q, k))
-        return ring_attention(q, k, v, segments, words, sequence, implementation, local, dropout_rate)
+        here = Inputs(q, k, v, segments, segments, rope, words, local, inputs.rate)
+        return attend(here, implementation) if sequence is None else ring_attention(here, implementation, sequence)
 
-    return run(q, k, v, segments, rope, words)
+    return run(inputs.q, inputs.k, inputs.v, inputs.q_segments, rope, inputs.words)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def ring_attention(
-    q: Float[Array, "B T D"],
-    k: Float[Array, "B T D"],
-    v: Float[Array, "B T D"],
-    segments: Int[Array, "B T"] | None,
-    words: UInt32[Array, "6"],
-    axis: str,
-    implementation: str,
-    heads: int,
-    rate: float,
-) -> Float[Array, "B T D"]:
+def ring_attention(inputs: Inputs, implementation: str, axis: str) -> Float[Array, "B T D"]:
     """Attention of the queries here to the keys of all devices along a mesh axis. Runs inside `shard_map`.
 
     Args:
-        q: This device's queries, rotated.
-        k: Its keys, rotated.
-        v: Its values.
-        segments: Segments of its tokens; the same text has the same number on all devices.
-        words: Seed and origin for dropout.
-        axis: Name of the mesh axis.
+        inputs: This device's part; the same text has the same segment on all devices.
         implementation: "blockwise" or "flash".
-        heads: Number of heads here.
-        rate: Dropout rate.
+        axis: Name of the mesh axis.
 
     Returns:
         This device's part of the output.
     """
-    return _ring_forward(q, k, v, segments, words, axis, implementation, heads, rate)[0]
+    inputs = inputs.rotated()  # keys travel rotated
+    arrays = (inputs.q, inputs.k, inputs.v, inputs.q_segments, inputs.words)
+    return _ring(arrays, implementation, axis, inputs.heads, inputs.rate)
 
 
-def _ring_forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Array | None,
-    words: Array,
-    axis: str,
-    implementation: str,
-    heads: int,
-    rate: float,
-) -> tuple[Array, tuple]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _ring(arrays: tuple, implementation: str, axis: str, heads: int, rate: float) -> Float[Array, "B T D"]:
+    """`ring_attention` with the backward pass written by hand."""
+    return _ring_forward(arrays, implementation, axis, heads, rate)[0]
+
+
+def _ring_forward(arrays: tuple, implementation: str, axis: str, heads: int, rate: float) -> tuple[Array, tuple]:
     forward, _ = passes(implementation)
-    here, T = jax.lax.axis_index(axis), q.shape[1]
+    q, k, v, segments, words = arrays
 
     def visit(step: Array, keys: tuple) -> tuple[Array, Array]:
         """Output and logsumexp with the keys that have come after so many steps."""
-        k, v, k_segments = keys
-        part = shift(words, row=here * T, column=_origin(axis, step) * T)
-        return forward(q, k, v, segments, k_segments, None, part, heads=heads, rate=rate, dtype=jnp.float32)
+        return forward(_visit(q, segments, words, keys, step, axis, heads, rate), jnp.float32)
 
     def body(carry: tuple, step: Array) -> tuple[tuple, None]:
         out, logsumexp, keys = carry
@@ -158,31 +142,39 @@ def _ring_forward(
     start = (*visit(jnp.int32(0), keys), keys)
     (out, logsumexp, _), _ = jax.lax.scan(body, start, jnp.arange(1, jax.lax.axis_size(axis), dtype=jnp.int32))
     out = out.astype(v.dtype)
-    return out, (q, k, v, segments, words, out, logsumexp)
+    return out, (arrays, out, logsumexp)
 
 
-def _ring_backward(axis: str, implementation: str, heads: int, rate: float, residuals: tuple, d_out: Array) -> tuple:
+def _ring_backward(implementation: str, axis: str, heads: int, rate: float, residuals: tuple, d_out: Array) -> tuple:
     """Keys, values and the gradients so far travel together, all the way round."""
     _, backward = passes(implementation)
-    q, k, v, segments, words, out, logsumexp = residuals
-    here, T = jax.lax.axis_index(axis), q.shape[1]
+    (q, k, v, segments, words), out, logsumexp = residuals
 
     def body(carry: tuple, step: Array) -> tuple[tuple, None]:
-        dq, dk, dv, (k, v, k_segments) = carry
-        part = shift(words, row=here * T, column=_origin(axis, step) * T)
-        inputs = (q, k, v, segments, k_segments, None, part, out, logsumexp, d_out)
-        shares = backward(*inputs, heads=heads, rate=rate, dtype=jnp.float32)
+        dq, dk, dv, keys = carry
+        inputs = _visit(q, segments, words, keys, step, axis, heads, rate)
+        shares = backward(inputs, out, logsumexp, d_out, jnp.float32)
         dq, dk, dv = (total + share for total, share in zip((dq, dk, dv), shares, strict=True))
-        return (dq, *_pass_on((dk, dv, (k, v, k_segments)), axis)), None
+        return (dq, *_pass_on((dk, dv, keys), axis)), None
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     steps = jnp.arange(jax.lax.axis_size(axis), dtype=jnp.int32)
     (*gradients, _), _ = jax.lax.scan(body, (*zeros, (k, v, segments)), steps)
     dq, dk, dv = (jnp.asarray(x).astype(v.dtype) for x in gradients)
-    return dq, dk, dv, None, None
+    return ((dq, dk, dv, None, None),)
 
 
-ring_attention.defvjp(_ring_forward, _ring_backward)
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _visit(
+    q: Array, segments: Array | None, words: Array, keys: tuple, step: Array, axis: str, heads: int, rate: float
+) -> Inputs:
+    """This device's queries and the keys that have come after so many steps."""
+    here, count, T = jax.lax.axis_index(axis), jax.lax.axis_size(axis), q.shape[1]
+    k, v, k_segments = keys
+    words = shift(words, row=here * T, column=(here - step) % count * T)  # they started out `step` devices back
+    return Inputs(q, k, v, segments, k_segments, None, words, heads, rate)
 
 
 def _pass_on(tree: Any, axis: str) -> Any:
@@ -191,26 +183,17 @@ def _pass_on(tree: Any, axis: str) -> Any:
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)]), tree)
 
 
-def _origin(axis: str, step: Array) -> Array:
-    """Index of the device whose keys are here after so many steps."""
-    return (jax.lax.axis_index(axis) - step) % jax.lax.axis_size(axis)
-
-
 def _scale(x: Array, factor: Array, heads: int) -> Array:
     """[B, T, D] times [B, N, T], head by head."""
-    split = x.reshape(*x.shape[:2], heads, -1)
-    return (split * jnp.swapaxes(factor, 1, 2)[..., None]).reshape(x.shape)
+    return join(split(x, heads) * jnp.swapaxes(factor, 1, 2)[..., None])
 
 
-def _size(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> int:
+def _size(mesh: AnyMesh, axes: Axes) -> int:
     """Number of devices along some axes."""
-    size = 1
-    for name in _names(axes):
-        size *= mesh.shape[name]
-    return size
+    return math.prod(mesh.shape[name] for name in _names(axes))
 
 
-def _index(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> Array:
+def _index(mesh: AnyMesh, axes: Axes) -> Array:
     """This device's place along some axes, counted as `PartitionSpec` does."""
     index = jnp.int32(0)
     for name in _names(axes):

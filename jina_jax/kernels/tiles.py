@@ -6,10 +6,11 @@ from importlib import resources
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
+
+from jina_jax.kernels.common import target
 
 LANES = 128
 _BLANK = np.int32(2**30 + 2**29)  # masked and blank: nothing is visible
@@ -66,21 +67,44 @@ def compare(q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], query:
     Returns:
         Two bool arrays [B, query tiles, key tiles].
     """
-    (q_low, q_high, q_full), (k_low, k_high, k_full) = _range(q_segments, query), _range(k_segments, key)
-    q_low, q_high, q_full = (x[:, :, None] for x in (q_low, q_high, q_full))
-    k_low, k_high, k_full = (x[:, None, :] for x in (k_low, k_high, k_full))
+    q_low, q_high, q_padding = (x[:, :, None] for x in ranges(q_segments, query))
+    k_low, k_high, k_padding = (x[:, None, :] for x in ranges(k_segments, key))
     visit = (q_high >= k_low) & (k_high >= q_low)
-    return visit, visit & q_full & k_full
+    return visit, visit & (q_low == q_high) & (k_low == k_high) & ~q_padding & ~k_padding
 
 
-def _range(segments: Array, size: int) -> tuple[Array, Array, Array]:
-    """Lowest and highest segment of each tile, and whether it has just one. Tiles of padding see nothing."""
+def ranges(segments: Int[Array, "B T"], size: int) -> tuple[Array, Array, Array]:
+    """What each tile holds: its lowest and highest segment, and whether it has padding.
+
+    Args:
+        segments: Segments, 0 for padding.
+        size: Tokens in a tile, a divisor of T.
+
+    Returns:
+        Three arrays [B, tiles]. Tiles of nothing but padding have a range that meets no other.
+    """
     segments = segments.reshape(segments.shape[0], -1, size)
-    valid = segments > 0
-    big = jnp.iinfo(jnp.int32).max
-    low = jnp.where(valid, segments, big).min(axis=2)
-    high = jnp.where(valid, segments, -big).max(axis=2)
-    return low, high, valid.all(axis=2) & (low == high)
+    padding, limits = segments == 0, jnp.iinfo(segments.dtype)
+    low = jnp.where(padding, limits.max, segments).min(axis=2)
+    high = jnp.where(padding, limits.min, segments).max(axis=2)
+    return low, high, padding.any(axis=2)
+
+
+def side_by_side(pairs: Any, rows: int, xp: ModuleType = jnp) -> Any:
+    """Pairs of tiles of several rows end to end: those of different rows see nothing.
+
+    Args:
+        pairs: Bool [B, query tiles, key tiles], or B = 1 for the same in all rows.
+        rows: Rows that are laid end to end.
+        xp: As in `pack`.
+
+    Returns:
+        Bool [B / rows, rows * query tiles, rows * key tiles].
+    """
+    B, (queries, keys) = max(pairs.shape[0], rows), pairs.shape[1:]
+    pairs = xp.broadcast_to(pairs, (B, queries, keys)).reshape(B // rows, rows, queries, 1, keys)
+    same = np.eye(rows, dtype=bool)[None, :, None, :, None]
+    return (pairs & same).reshape(B // rows, rows * queries, rows * keys)
 
 
 class Sizes(NamedTuple):
@@ -144,10 +168,8 @@ def choose(name: str, head_dim: int, dtype: Any) -> Sizes:
     Returns:
         Sizes. Spans shrink as tokens take more room: with float32, and with many small heads.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
     blocks = _blocks()
-    sizes = Sizes(**blocks.get(kind, blocks["default"])[name])
+    sizes = Sizes(**blocks.get(target().device_kind, blocks["default"])[name])
     room = max(1, jnp.dtype(dtype).itemsize * (LANES // head_dim) // 4)
     return sizes._replace(queries=sizes.queries // room, keys=sizes.keys // room)
 

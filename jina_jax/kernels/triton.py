@@ -6,7 +6,6 @@ and walks over the blocks of the other side. `gpu.py` launches them.
 """
 
 import functools
-import math
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,10 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from jina_jax.kernels.dropout import _mix
-
-LOG2_E = math.log2(math.e)
-NEVER = -1e30  # the score of a pair that does not see each other, and the logsumexp of a query without keys
+from jina_jax.kernels import tiles
+from jina_jax.kernels.common import LOG2_E, NO_KEYS
+from jina_jax.kernels.dropout import survives
 
 
 class Size(NamedTuple):
@@ -46,23 +44,23 @@ def forward_kernel(refs: dict, results: dict, *, size: Size, lengths: tuple[int,
         k, v = (_block(refs[name], start, size.step, k_ids) for name in "kv")
         scores, before = _dot(q, k, 1), top
         if k_ids is not None:
-            scores = jnp.where(q_ids[:, None] == k_ids[None], scores, NEVER)
+            scores = jnp.where(q_ids[:, None] == k_ids[None], scores, NO_KEYS)
         top = jnp.maximum(top, scores.max(axis=1))
-        # A query that has seen no key yet takes nothing off, so that NEVER stays the exponent of zero.
-        shift = jnp.where(top == NEVER, 0.0, top * scale) if masked else top * scale
+        # A query that has seen no key yet takes nothing off, so that NO_KEYS stays the exponent of zero.
+        shift = jnp.where(top == NO_KEYS, 0.0, top * scale) if masked else top * scale
         weights, shrink = _power(scores, scale, shift[:, None], ptx), _power(before, scale, shift, ptx)
         total = total * shrink + weights.sum(axis=1)
         if lines is not None:
-            kept = _kept(lines, _block(refs["columns"], start, size.step, k_ids)[None], rate)
+            kept = survives(lines, _block(refs["columns"], start, size.step, k_ids)[None], rate)
             weights = jnp.where(kept, weights, 0.0)
         return top, total, out * shrink[:, None] + _dot(weights.astype(v.dtype), v, 0)
 
-    nothing = (jnp.full((size.held,), NEVER), jnp.zeros((size.held,)), jnp.zeros((size.held, H)))
+    nothing = (jnp.full((size.held,), NO_KEYS), jnp.zeros((size.held,)), jnp.zeros((size.held, H)))
     top, total, out = _walk(step, nothing, refs, size.step, lengths[1])
-    seen = (q_ids != 0) & (top != NEVER)
+    seen = (q_ids != 0) & (top != NO_KEYS)
     out = jnp.where(seen[:, None], out * (1 / ((1 - rate) * total))[:, None], 0.0)
     _store(results["out"], start, out, lengths[0])
-    _store(results["logsumexp"], start, jnp.where(seen, top * H**-0.5 + jnp.log(total), NEVER), lengths[0])
+    _store(results["logsumexp"], start, jnp.where(seen, top * H**-0.5 + jnp.log(total), NO_KEYS), lengths[0])
 
 
 def queries_kernel(refs: dict, results: dict, *, size: Size, lengths: tuple[int, int], rate: float, ptx: bool) -> None:
@@ -86,7 +84,7 @@ def queries_kernel(refs: dict, results: dict, *, size: Size, lengths: tuple[int,
             weights = jnp.where(q_ids[:, None] == k_ids[None], weights, 0.0)
         d_weights = _dot(d_out, v, 1)
         if lines is not None:
-            kept = _kept(lines, _block(refs["columns"], start, size.step, k_ids)[None], rate)
+            kept = survives(lines, _block(refs["columns"], start, size.step, k_ids)[None], rate)
             d_weights = jnp.where(kept, d_weights * (1 / (1 - rate)), 0.0)
         d_scores = weights * (d_weights - delta[:, None])
         return dq + _dot(d_scores.astype(k.dtype), k, 0)
@@ -115,7 +113,7 @@ def keys_kernel(refs: dict, results: dict, *, size: Size, lengths: tuple[int, in
             weights = jnp.where(k_ids[:, None] == q_ids[None], weights, 0.0)
         d_weights, dropped = _dot(v, d_out, 1), weights
         if columns is not None:
-            kept = _kept(_block(refs["lines"], start, size.step, q_ids)[None], columns, rate)
+            kept = survives(_block(refs["lines"], start, size.step, q_ids)[None], columns, rate)
             dropped = jnp.where(kept, weights, 0.0)
             d_weights = jnp.where(kept, d_weights * (1 / (1 - rate)), 0.0)
         dv = dv + _dot(dropped.astype(d_out.dtype), d_out, 0)
@@ -159,11 +157,7 @@ def visits(held: Int[Array, "B T"], other: Int[Array, "B S"], size: Size) -> Int
     sides = []
     for segments, block in ((held, size.held), (other, size.step)):
         padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)))
-        blocks = padded.reshape(padded.shape[0], -1, block)
-        padding, limits = blocks == 0, jnp.iinfo(blocks.dtype)
-        low = jnp.where(padding, limits.max, blocks).min(axis=2)
-        high = jnp.where(padding, limits.min, blocks).max(axis=2)
-        sides.append((low, high, padding.any(axis=2)))
+        sides.append(tiles.ranges(padded, block))
     low, high, _ = (x[:, :, None] for x in sides[0])
     other_low, other_high, padding = (x[:, None, :] for x in sides[1])
 
@@ -247,8 +241,3 @@ def _turn(x: Float[Array, "size H"], cos: Array, sin: Array) -> Float[Array, "si
     first, second = jnp.split(x, 2, axis=1)
     turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=2)
     return jnp.swapaxes(turned, 1, 2).reshape(x.shape)
-
-
-def _kept(lines: Array, columns: Array, rate: float) -> Array:
-    """The rest of `dropout.keep`."""
-    return _mix(lines ^ columns) >= jnp.uint32(int(rate * 2**24) << 8)

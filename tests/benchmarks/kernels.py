@@ -209,25 +209,29 @@ def xla(blocks: None, length: int, q, k, v, segments):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
-def ours(batch: int, length: int, direction: str, segments) -> tuple[Callable, tuple]:
-    """Our kernels, which take [B, T, N*H], and segments to skip blocks by."""
+def ours(batch: int, length: int, direction: str, segments, sizes=None) -> tuple[Callable, tuple]:
+    """Our kernels, which take [B, T, N*H], and segments to skip blocks by; None for sizes takes the device's."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from jina_jax.kernels import tpu
+    from jina_jax.kernels.common import Inputs
 
-    options = {"heads": HEADS, "rate": 0.0, "dtype": jnp.bfloat16}
     x = jax.ShapeDtypeStruct((batch, length, HEADS * WIDTH), jnp.bfloat16)
     logsumexp = jax.ShapeDtypeStruct((batch, HEADS, length), jnp.float32)
-    words = np.zeros(6, np.uint32)
+    given = (x, x, x, segments, np.zeros(6, np.uint32))
+
+    def inputs(q, k, v, segments, words):
+        return Inputs(q, k, v, segments, segments, None, words, HEADS, 0.0)
+
     if direction == "forward":
-        return lambda q, k, v, s, w: tpu.forward(q, k, v, s, s, None, w, **options), (x, x, x, segments, words)
+        return lambda *given: tpu.forward(inputs(*given), jnp.bfloat16, sizes=sizes), given
 
-    def backward(q, k, v, s, w, out, logsumexp, d_out):
-        return tpu.backward(q, k, v, s, s, None, w, out, logsumexp, d_out, **options)
+    def backward(*given):
+        return tpu.backward(inputs(*given[:5]), *given[5:], jnp.bfloat16, sizes=sizes)
 
-    return backward, (x, x, x, segments, words, x, logsumexp, x)
+    return backward, (*given, x, logsumexp, x)
 
 
 def flash_blocks(length: int, direction: str) -> list[tuple]:

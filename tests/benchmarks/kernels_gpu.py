@@ -137,26 +137,32 @@ def ours(variant: str, target: sass.Gpu, dtype: str, head_dim: int, length: int,
     import jax.numpy as jnp
 
     from jina_jax.kernels import gpu, hopper
+    from jina_jax.kernels.common import Inputs
 
     (masked, rate, rotary), batch, heads = VARIANTS[variant], TOKENS // length, WIDTH // head_dim
     x = jax.ShapeDtypeStruct((batch, length, WIDTH), dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if masked else None
     tables = (jax.ShapeDtypeStruct((1, length, head_dim // 2), jnp.float32),) * 2 if rotary else None
     logsumexp = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    inputs = (x, x, x, ids, ids, tables, jax.ShapeDtypeStruct((6,), jnp.uint32))
-    steps = {}
+    arrays, steps = (x, x, x, ids, ids, tables, jax.ShapeDtypeStruct((6,), jnp.uint32)), {}
+
+    def forward_pass(*arrays):
+        return gpu.forward(Inputs(*arrays, heads, rate), x.dtype)
+
+    def backward_pass(*arrays):
+        return gpu.backward(Inputs(*arrays[:7], heads, rate), *arrays[7:], x.dtype)
+
     for name, products in (("forward", 2),) if forward else (("queries", 3), ("keys", 4)):
         size = gpu._size(name, x.dtype, head_dim, length, length)
         steps[f"{name}_kernel"] = Step(products, size.held * size.step, masked=masked)
-    options = {"heads": heads, "rate": rate, "dtype": x.dtype}
     if not forward:
-        yield functools.partial(gpu.backward, **options), (*inputs, x, logsumexp, x), steps
+        yield backward_pass, (*arrays, x, logsumexp, x), steps
         return
     if target.capability == (9, 0) and dtype == "bfloat16" and head_dim > 32 and not rate:
         step = Step(2, hopper.GROUP * hopper.STEP, warps=4, masked=masked)
         with mock.patch.object(gpu, "HOPPER", ("H100",)):
-            yield functools.partial(gpu.forward, **options), inputs, {"hopper_forward_mosaic_gpu_kernel": step}
-    yield functools.partial(gpu.forward, **options), inputs, steps
+            yield forward_pass, arrays, {"hopper_forward_mosaic_gpu_kernel": step}
+    yield forward_pass, arrays, steps
 
 
 def peer(name: str, dtype: str, head_dim: int, length: int, forward: bool) -> Iterator[Case]:

@@ -8,18 +8,16 @@
 """
 
 import argparse
-import functools
 import itertools
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from jina_jax.kernels import tiles, tpu
+from jina_jax.kernels import tiles
+from tests.benchmarks.kernels import TOKENS, ours
 from tests.benchmarks.schedule import measure
 
-TOKENS, HEADS, WIDTH = 8192, 16, 1024
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 BLOCKS = Path(tiles.__file__).with_name("blocks.json")
 
@@ -61,12 +59,7 @@ def main() -> None:
 
 def cycles(generation: str, name: str, sizes: tiles.Sizes) -> tuple[int, int]:
     """Cycles of one launch, and spill slots in its hot blocks."""
-    x = jax.ShapeDtypeStruct((1, TOKENS, WIDTH), jnp.bfloat16)
-    inputs = (x, x, x, None, None, None, jax.ShapeDtypeStruct((6,), jnp.uint32))
-    if name == "backward":
-        inputs += (x, jax.ShapeDtypeStruct((1, HEADS, TOKENS), jnp.float32), x)
-    run = functools.partial(getattr(tpu, name), heads=HEADS, rate=0.0, dtype=jnp.bfloat16, sizes=sizes)
-    result = measure(run, inputs, generation)
+    result = measure(*ours(1, TOKENS, name, None, sizes), generation)
     return int(result["cycles"]), sum(kernel["spills"] for kernel in result["kernels"].values())
 
 
