@@ -64,7 +64,9 @@ class LoRADense(nn.Module):
         if adapters is not None:
             x = nn.Dropout(config.lora_dropout)(x, deterministic=not train)
             h = dot(f"BT{i},{i}KR->BTKR", x, lora_a, config) * adapters[..., None]
-            y = y + config.lora_scale * dot(f"BTKR,KR{o}->BT{o}", h, lora_b, config)
+            # Rounded, so that it is half as large in memory; y stands beside it before anything else is rounded.
+            delta = dot(f"BTKR,KR{o}->BT{o}", config.lora_scale * h, lora_b, config).astype(config.dtype)
+            y = y + delta.astype(jnp.float32)
         return y
 
 

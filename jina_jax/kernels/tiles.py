@@ -166,10 +166,13 @@ def choose(name: str, head_dim: int, dtype: Any) -> Sizes:
         dtype: Type of queries, keys and values.
 
     Returns:
-        Sizes. Spans shrink as tokens take more room: with float32, and with many small heads.
+        Sizes. Spans shrink as tokens take more room: with float32, and with many small heads. A float32 product is
+        six of bfloat16, so tiles shrink too, lest the program become too long to compile.
     """
     blocks = _blocks()
     sizes = Sizes(**blocks.get(target().device_kind, blocks["default"])[name])
+    if jnp.dtype(dtype).itemsize == 4:
+        sizes = sizes._replace(query=min(sizes.query, 256), key=min(sizes.key, 256), turn=1)
     room = max(1, jnp.dtype(dtype).itemsize * (LANES // head_dim) // 4)
     return sizes._replace(queries=sizes.queries // room, keys=sizes.keys // room)
 

@@ -93,12 +93,13 @@ def backward(
         x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], spans, size, *x.shape[2:]), 1, 0)
 
-    def part(dq: Array, part: tuple) -> tuple[Array, tuple[Array, Array]]:
-        start, k, v, k_segments, k_rope = part
+    def part(dq: Array, part: tuple) -> tuple[Array, tuple[Array, ...]]:
+        # The barriers keep XLA from merging the kernel with the slices, which would undo its claim to fast memory.
+        start, k, v, k_segments, k_rope = jax.lax.optimization_barrier(part)
         words = shift(inputs.words, column=start)
         here = dataclasses.replace(inputs, k=k, v=v, k_segments=k_segments, words=words)
-        share, dk, dv = run(here, k_rope, (jnp.float32, dtype))
-        return dq + share, (dk, dv)
+        share, *gradients = jax.lax.optimization_barrier(run(here, k_rope, (jnp.float32, dtype)))
+        return dq + share, tuple(gradients)
 
     starts = jnp.arange(spans, dtype=jnp.uint32) * jnp.uint32(size)
     parts = (starts, *jax.tree.map(cut, (inputs.k, inputs.v, inputs.k_segments, inputs.rope)))
