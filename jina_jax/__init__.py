@@ -3,23 +3,28 @@
 from jina_jax._version import __version__
 from jina_jax.checkpoint import load, save
 from jina_jax.config import TASKS, Config
-from jina_jax.embedder import Embedder
+from jina_jax.embedder import Chunks, Embedder, Usage
 from jina_jax.lora import merge
 from jina_jax.model import Model, Output
 from jina_jax.pooling import normalize, truncate
+from jina_jax.quantization import calibrate, quantize
 from jina_jax.tensors import CheckpointError
 
 __all__ = [
     "TASKS",
     "CheckpointError",
+    "Chunks",
     "Config",
     "Embedder",
     "Model",
     "Output",
+    "Usage",
     "__version__",
+    "calibrate",
     "load",
     "merge",
     "normalize",
+    "quantize",
     "save",
     "truncate",
 ]

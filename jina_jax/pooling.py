@@ -40,6 +40,27 @@ def mean_pool_packed(
     return total / jnp.maximum(weights.sum(axis=1), 1.0)[:, :, None]
 
 
+def mean_pool_spans(hidden: Float[Array, "B T D"], spans: Int[Array, "B P 2"]) -> Float[Array, "B P D"]:
+    """Mean over spans of tokens, which may overlap, in float32: late chunking (Günther et al., 2024).
+
+    Args:
+        hidden: Token vectors, any float type, finite.
+        spans: First token and the one after the last of each mean; equal ones for none.
+
+    Returns:
+        Float32 [B, P, D]; zeros for empty spans.
+    """
+    index = jnp.arange(hidden.shape[1], dtype=spans.dtype)[None, None]
+    member = (index >= spans[:, :, :1]) & (index < spans[:, :, 1:])
+    # 0 and 1 are exact in any type, and float32 ones must not be rounded to fewer bits.
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    total = jnp.einsum(
+        "BPT,BTD->BPD", member.astype(hidden.dtype), hidden, precision=precision, preferred_element_type=jnp.float32
+    )
+    count = (spans[:, :, 1] - spans[:, :, 0]).astype(jnp.float32)
+    return total / jnp.maximum(count, 1.0)[:, :, None]
+
+
 def normalize(vectors: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Scale vectors to unit Euclidean length.
 

@@ -6,106 +6,160 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jina_jax import batching
+from jina_jax.batching import Text
 
 
+def make(lengths, means=None):
+    """Texts of given lengths, each with so many means over random spans; ids tell them apart."""
+    rng, texts, target = np.random.default_rng(0), [], 0
+    for index, length in enumerate(lengths):
+        count = 1 if means is None else means[index]
+        spans = np.sort(rng.integers(0, length + 1, (count, 2)), axis=1) if means else np.array([[0, length]])
+        targets = np.arange(target, target + count)
+        texts.append(
+            Text(np.full(length, index + 5, np.int32), index % 6 - 1, spans, targets, np.ones(count, np.float32))
+        )
+        target += count
+    return texts
+
+
+drawn = st.lists(st.integers(1, 300), max_size=200)
+arrangements = pytest.mark.parametrize("arrange", [batching.pack, batching.bucket])
+
+
+@arrangements
 @given(
-    lengths=st.lists(st.integers(1, 300), max_size=200),
+    lengths=drawn,
     max_tokens=st.sampled_from((300, 512, 8192)),
     batch_tokens=st.sampled_from((1, 100, 1024, 32_768)),
 )
-def test_every_text_is_in_one_batch_that_holds_it(lengths, max_tokens, batch_tokens):
-    batches = batching.plan(lengths, max_tokens, batch_tokens)
-    found = np.concatenate([np.zeros(0, np.int64), *(batch.indices for batch in batches)])
-    assert sorted(found.tolist()) == list(range(len(lengths)))
-    possible = set(batching.shapes(max_tokens, batch_tokens))
+def test_every_text_is_in_one_row_that_holds_it(arrange, lengths, max_tokens, batch_tokens):
+    batches = arrange(make(lengths), max_tokens, batch_tokens)
+    rows = [row for batch in batches for row in batch.members]
+    assert sorted(itertools.chain.from_iterable(row.tolist() for row in rows)) == list(range(len(lengths)))
     for batch in batches:
-        assert (batch.rows, batch.length) in possible
-        assert 1 <= len(batch.indices) <= batch.rows
-        assert max(lengths[i] for i in batch.indices) <= batch.length
+        assert 1 <= len(batch.members) <= batch.rows
         assert batch.rows == 1 or batch.rows * batch.length <= batch_tokens
+        for row in batch.members:
+            assert sum(lengths[i] for i in row) <= batch.length
+            assert 1 <= len(row) <= batch.places
+
+
+@given(
+    lengths=drawn,
+    max_tokens=st.sampled_from((300, 512, 8192)),
+    batch_tokens=st.sampled_from((1, 100, 1024, 32_768)),
+)
+def test_packed_shapes_are_those_promised(lengths, max_tokens, batch_tokens):
+    batches = batching.pack(make(lengths), max_tokens, batch_tokens)
+    assert {(batch.rows, batch.length) for batch in batches} <= set(batching.row_shapes(max_tokens, batch_tokens))
     assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
 
 
+def test_the_number_of_shapes_that_is_documented():
+    assert len(batching.row_shapes(8192, 1024)) == 8
+    assert len(batching.row_shapes(8192, 32_768)) == 9
+    assert batching.row_lengths(8192) == (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    assert batching.row_lengths(130) == (64, 128, 130)
+    assert batching.row_lengths(20) == (20,)
+
+
+@pytest.mark.parametrize("batch_tokens", [1024, 32_768])
+def test_little_is_padding(batch_tokens):
+    """Three length profiles, in windows as the embedder makes them."""
+    rng = np.random.default_rng(0)
+    mix = np.clip(np.exp(rng.normal(5, 1.3, 8000)), 4, 8192)
+    for lengths in (rng.integers(4, 33, 8000), rng.integers(64, 513, 8000), mix):
+        lengths = lengths.astype(int)
+        tokens = computed = 0
+        total = 0
+        for window in np.split(lengths, np.flatnonzero(np.diff(np.cumsum(lengths) // (32 * batch_tokens))) + 1):
+            batches = batching.pack(make(window), 8192, batch_tokens)
+            tokens, computed = tokens + window.sum(), computed + sum(b.rows * b.length for b in batches)
+            total += len(window)
+        assert total == 8000
+        assert 1 - tokens / computed < 0.05
+
+
+@given(lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=300))
+def test_only_the_last_bucket_has_rows_without_a_text_and_at_most_half(lengths):
+    *others, last = batching.bucket(make(lengths), 8192, 1024)
+    assert all(len(batch.members) == batch.rows for batch in others)
+    assert 2 * len(last.members) > last.rows
+
+
 @given(lengths=st.lists(st.integers(1, 8192), min_size=1, max_size=300), batch_tokens=st.sampled_from((1024, 32_768)))
-def test_a_call_meets_at_most_two_row_counts_a_length(lengths, batch_tokens):
+def test_a_call_meets_at_most_two_row_counts_a_bucket(lengths, batch_tokens):
     rows = {}
-    for batch in batching.plan(lengths, 8192, batch_tokens):
+    for batch in batching.bucket(make(lengths), 8192, batch_tokens):
         rows.setdefault(batch.length, set()).add(batch.rows)
     assert max(map(len, rows.values())) <= 2
 
 
-@given(lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=300))
-def test_only_the_last_batch_has_rows_without_a_text_and_at_most_half(lengths):
-    *others, last = batching.plan(lengths, 8192, 1024)
-    assert all(len(batch.indices) == batch.rows for batch in others)
-    assert 2 * len(last.indices) > last.rows
-
-
-@pytest.mark.parametrize(("batch_tokens", "bound"), [(1024, 55), (32_768, 138)])
-def test_the_bound_on_shapes_that_is_documented(batch_tokens, bound):
-    assert len(batching.buckets(8192)) == 19
-    found = batching.shapes(8192, batch_tokens)
-    assert len(found) == len(set(found)) == bound
-    rng = np.random.default_rng(0)
-    met = set()
-    for _ in range(300):
-        lengths = np.exp(rng.uniform(0, np.log(8192), rng.integers(1, 200))).astype(int) + 1
-        met |= {(batch.rows, batch.length) for batch in batching.plan(np.minimum(lengths, 8192), 8192, batch_tokens)}
-    assert met <= set(found)
-
-
 @given(max_tokens=st.integers(1, 10_000))
 def test_buckets_ascend_to_the_limit_without_wide_gaps(max_tokens):
-    found = batching.buckets(max_tokens)
+    found = batching.bucket_lengths(max_tokens)
     assert found[-1] == max_tokens
     assert all(a < b <= 3 * a // 2 for a, b in itertools.pairwise(found))
-    assert found[0] <= batching.SHORTEST
+    assert found[0] <= batching.SHORTEST_BUCKET
 
 
-def test_padding_share_that_is_documented():
+def test_share_of_padding_in_buckets_that_is_documented():
     lengths = np.exp(np.random.default_rng(0).uniform(np.log(16), np.log(8192), 20_000)).astype(int)
-    shapes = batching.plan(lengths, 8192, 1024)
-    computed = sum(batch.rows * batch.length for batch in shapes)
+    computed = sum(batch.rows * batch.length for batch in batching.bucket(make(lengths), 8192, 1024))
     assert 0.13 < 1 - lengths.sum() / computed < 0.17
 
 
-def test_long_texts_first_and_equal_ones_in_their_order():
-    batches = batching.plan([5, 40, 5, 5, 200], 512, 64)
-    assert [(batch.indices.tolist(), batch.rows, batch.length) for batch in batches] == [
-        ([4], 1, 256),
-        ([1], 1, 48),
-        ([0, 2, 3], 4, 16),
-    ]
+@arrangements
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40), seed=st.integers(0, 9), data=st.integers(1, 25))
+def test_means_come_back_to_their_texts(arrange, lengths, seed, data):
+    """Fill, take the means of the ids by hand, collect: each vector is the id of its text."""
+    rng = np.random.default_rng(seed)
+    texts = make(lengths, rng.integers(1, data + 1, len(lengths)).tolist())
+    vectors = np.zeros((sum(len(text.targets) for text in texts), 1), np.float32)
+    for batch in arrange(texts, 128, 128):
+        arrays = batching.fill(batch, texts, 1)
+        assert arrays.tokens.shape == arrays.segments.shape == (batch.rows, batch.length)
+        assert arrays.task.shape == (batch.rows, batch.places)
+        np.testing.assert_array_equal(arrays.tokens == 1, arrays.segments == 0)
+        for row, members in enumerate(batch.members):
+            for place, index in enumerate(members):
+                assert (arrays.tokens[row][arrays.segments[row] == place + 1] == index + 5).all()
+                assert arrays.task[row, place] == texts[index].task
+        means = np.zeros((batch.rows, batch.places, 1), np.float32)
+        for row, place in np.ndindex(batch.rows, batch.places):
+            start, stop = arrays.spans[row, place]
+            means[row, place] = arrays.tokens[row, start:stop].mean() if stop > start else 0
+        batching.collect(batch, texts, means, vectors)
+    expected = [(index + 5) * (stop > start) for index, text in enumerate(texts) for start, stop in text.spans]
+    np.testing.assert_array_equal(vectors[:, 0], expected)
 
 
-def test_free_rows_take_shorter_texts():
-    (batch,) = batching.plan([20, 20, 20, 3], 512, 1024)
-    assert (batch.indices.tolist(), batch.rows, batch.length) == ([0, 1, 2, 3], 4, 24)
+def test_parts_of_a_mean_add_up():
+    ids, spans = np.full(4, 7, np.int32), np.array([[0, 4]])
+    texts = [Text(ids, -1, spans, np.array([0]), np.array([share], np.float32)) for share in (0.25, 0.75)]
+    [batch] = batching.pack(texts, 64, 64)
+    vectors = np.zeros((1, 2), np.float32)
+    means = np.zeros((1, batch.places, 2), np.float32)
+    means[0, :2] = [[8, 4], [4, 8]]
+    batching.collect(batch, texts, means, vectors)
+    np.testing.assert_array_equal(vectors, [[5, 7]])
 
 
-def test_fill():
-    ids = [np.array([0, 7, 2], np.int32), np.array([0, 8, 9, 2], np.int32), np.array([0, 2], np.int32)]
-    tokens, mask = batching.fill(batching.Batch(np.array([1, 0]), 4, 5), ids, pad_id=1)
-    assert tokens.dtype == np.int32
-    assert mask.dtype == bool
-    np.testing.assert_array_equal(tokens, [[0, 8, 9, 2, 1], [0, 7, 2, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    np.testing.assert_array_equal(mask.sum(axis=1), [4, 3, 0, 0])
+@arrangements
+def test_nothing_to_do(arrange):
+    assert arrange([], 512, 64) == []
 
 
-def test_nothing_to_plan():
-    assert batching.plan([], 512, 1024) == []
-
-
-def test_wrong_limits():
-    with pytest.raises(ValueError, match="text 1 has 600 tokens, more than max_tokens=512"):
-        batching.plan([3, 600], 512, 1024)
-    with pytest.raises(ValueError, match="batch_tokens=0 must be at least 1"):
-        batching.plan([3], 512, 0)
-    with pytest.raises(ValueError, match="max_tokens=0 must be at least 1"):
-        batching.buckets(0)
-
-
-def test_a_million_texts_are_planned_in_seconds():
-    lengths = np.random.default_rng(0).integers(3, 600, 1_000_000)
-    batches = batching.plan(lengths, 8192, 32_768)
-    assert sum(len(batch.indices) for batch in batches) == len(lengths)
+@arrangements
+@pytest.mark.parametrize(
+    ("lengths", "limits", "message"),
+    [
+        ([5, 600, 7], (512, 64), "text 1 has 600 tokens, more than max_tokens=512"),
+        ([5], (512, 0), "batch_tokens=0 must be at least 1"),
+        ([5], (0, 64), "max_tokens=0 must be at least 1"),
+    ],
+)
+def test_limits_are_checked(arrange, lengths, limits, message):
+    with pytest.raises(ValueError, match=message):
+        arrange(make(lengths), *limits)

@@ -1,4 +1,5 @@
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -83,8 +84,8 @@ def test_the_documented_order_of_operations(embedder):
 def test_a_batch_equals_its_texts_alone_whatever_its_shape(embedder):
     texts = draw_texts(24, longest=25)
     alone = np.stack([embedder.encode(text, task="separation") for text in texts])
-    for batch_tokens in (1, 300, None):
-        found = embedder.encode(texts, task="separation", batch_tokens=batch_tokens)
+    for batch_tokens, pack in itertools.product((1, 300, None), (True, False)):
+        found = embedder.encode(texts, task="separation", batch_tokens=batch_tokens, pack=pack)
         assert_close(found, alone, EMBEDDING)
     order = np.random.default_rng(0).permutation(len(texts))
     assert_close(embedder.encode([texts[i] for i in order], task="separation"), alone[order], EMBEDDING)
@@ -137,8 +138,7 @@ def test_compiled_shapes_are_bounded_over_any_lengths_and_mixtures_of_tasks(fold
         tasks = [TASKS[i] for i in rng.integers(0, len(TASKS), len(texts))]
         task = tasks if seed % 3 else tasks[0]
         embedder.encode(texts, task=task, dimensions=int(rng.integers(1, 65)), batch_tokens=64)
-    bound = len(batching.shapes(embedder.config.max_tokens, 64))
-    assert 3 <= embedder._pooled._cache_size() <= bound == 9
+    assert len(batching.row_shapes(embedder.config.max_tokens, 64)) == embedder._means._cache_size() == 1
 
 
 def test_the_same_call_gives_the_same_bits(embedder):
@@ -186,13 +186,52 @@ def test_truncation_can_be_refused(embedder):
     limit = embedder.config.max_tokens
     assert limit == 128
     fits, long = " ".join(["of"] * (limit - 2)), " ".join(["of"] * (limit - 1))
-    np.testing.assert_array_equal(embedder.encode([fits], truncate=False), embedder.encode([fits]))
+    np.testing.assert_array_equal(embedder.encode([fits], truncate="error"), embedder.encode([fits]))
     np.testing.assert_array_equal(embedder.encode([fits]), embedder.encode([long]))
     with pytest.raises(ValueError, match="text 1 has 129 tokens, the model takes 128"):
-        embedder.encode([fits, long, long], truncate=False)
+        embedder.encode([fits, long, long], truncate="error")
     # The prompt counts.
     with pytest.raises(ValueError, match="text 0 has"):
-        embedder.encode(fits, task="retrieval.query", truncate=False)
+        embedder.encode(fits, task="retrieval.query", truncate="error")
+
+
+def test_positions_of_texts_in_errors_count_on(embedder, monkeypatch):
+    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 10)
+    texts = ["of"] * 25 + [" ".join(["of"] * 200)]
+    with pytest.raises(ValueError, match="text 25 has 202 tokens"):
+        embedder.encode(texts, truncate="error")
+
+
+def test_long_texts_in_windows(embedder):
+    """Without truncation, the mean over all tokens, each from the first window in which it has enough before it."""
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 150))
+    ids = embedder.tokenizer.encode(text).ids
+    assert len(ids) > 2 * embedder.config.max_tokens
+    limit, overlap, vectors = 128, 32, []
+    for start in range(0, len(ids) - overlap, limit - overlap):
+        part = ids[start : start + limit]
+        tokens, mask = np.pad(part, (0, limit - len(part)))[None], np.arange(limit)[None] < len(part)
+        hidden = hidden_states(embedder.model, embedder.variables, tokens, mask, embedder.config.task_ids([None]))
+        vectors.append(np.asarray(hidden, np.float64)[0, overlap if start else 0 : len(part)])
+    vector = np.concatenate(vectors)
+    assert len(vector) == len(ids)
+    usage = jina_jax.Usage()
+    found = embedder.encode([text, "short"], truncate=False, usage=usage)
+    assert_close(found[0], vector.mean(axis=0) / np.linalg.norm(vector.mean(axis=0)), EMBEDDING)
+    assert_close(found[1], embedder.encode("short"), EMBEDDING)
+    assert (usage.truncated, usage.cut_tokens) == (0, 0)
+
+
+def test_usage(embedder):
+    limit, usage = embedder.config.max_tokens, jina_jax.Usage()
+    embedder.encode(["of", " ".join(["of"] * 200)], usage=usage)
+    embedder.encode("of", usage=usage, task="retrieval.query")
+    prompt = len(embedder.tokenizer.encode(PROMPTS[0] + "of").ids)
+    assert usage.texts == 3
+    assert usage.tokens == 3 + limit + prompt
+    assert (usage.truncated, usage.cut_tokens) == (1, 202 - limit)
+    assert usage.computed_tokens == 64 + 128 + 64
+    assert usage.batches == 3
 
 
 def test_a_text_may_be_longer_than_the_budget_of_a_batch(embedder):
@@ -284,10 +323,10 @@ def test_no_such_model(tmp_path):
         jina_jax.Embedder.load(tmp_path / "nothing")
 
 
-def test_progress_is_shown_for_several_batches_only(embedder, capsys):
-    embedder.encode(["a", "b"], progress=True)
+def test_progress(embedder, capsys):
+    embedder.encode(["a", "b"])
     assert capsys.readouterr().err == ""
-    embedder.encode(draw_texts(30), progress=True, batch_tokens=64)
+    embedder.encode(draw_texts(30), progress=True)
     assert "30/30" in capsys.readouterr().err
 
 

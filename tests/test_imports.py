@@ -26,7 +26,13 @@ MAY_IMPORT = {
     "tensors": {"config", "layouts", "lora"},
     "peft": {"config", "layouts", "lora", "tensors"},
     "checkpoint": {"config", "hub", "layouts", "lora", "model", "peft", "tensors"},
-    "embedder": {"config", "model", "tokenizer", "batching", "pooling", "checkpoint", "hub"},
+    "chunking": {"tokenizer"},
+    "quantization": set(),
+    "pipeline": {"batching"},
+    "embedder": {
+        *("config", "model", "tokenizer", "batching", "chunking", "pooling", "quantization", "pipeline", "checkpoint"),
+        "hub",
+    },
 }
 LATE = {"records", "info", "cli", "__main__"}  # the command line may use everything
 NEVER = {"torch", "transformers", "peft", "convert", "fastapi", "sentence_transformers"}
@@ -37,6 +43,9 @@ WITHOUT = {
     "kernels": {"flax"},
     "tokenizer": {"jax", "flax"},
     "batching": {"jax", "flax"},
+    "chunking": {"jax", "flax"},
+    "quantization": {"jax", "flax"},
+    "pipeline": {"jax", "flax"},
     "layouts": {"jax", "flax", "numpy"},
 }
 
