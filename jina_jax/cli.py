@@ -7,13 +7,15 @@ JINA_JAX_DEBUG=1 shows it.
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,14 +23,18 @@ import numpy as np
 
 from jina_jax import hub, records
 from jina_jax._version import __version__
-from jina_jax.records import InputError
+from jina_jax.quantization import PRECISIONS
+from jina_jax.records import InputError, Record
 
 TABLE_LIMIT = 50
 MESSAGE_LINES = 20
 OUTPUTS = (".jsonl", ".npy")
+DTYPES = ("float32", "bfloat16")
+LONG: dict[str, Any] = {"cut": True, "error": "error", "windows": False}
 
 DESCRIPTION = "Text embeddings with jina-embeddings-v3 in JAX."
-EMBED = """Embed texts; write JSON lines with "index", "id" (if the record has one), "text" and "embedding"."""
+EMBED = """Embed texts; write JSON lines with "index", "id" (if the record has one), "text" and "embedding".
+With --chunks, a line for each chunk, with "chunk" (its number), "start" and "end" (characters) too."""
 NOTES = """environment:
   JINA_JAX_CACHE   directory for compiled programs (default: ~/.cache/jina_jax/xla), or "off"
   JINA_JAX_DEBUG   1 shows the traceback of an error
@@ -39,6 +45,7 @@ EXAMPLES = """examples:
   jina-jax embed "Hello" "Hallo" --similarity
   jina-jax embed corpus.jsonl --task retrieval.passage --dimensions 256 --output corpus.npy
   sort -u names.txt | jina-jax embed - --model jinaai/jina-embeddings-v3 > names.jsonl
+  jina-jax embed article.jsonl --chunks sentences --task retrieval.passage > chunks.jsonl
   jina-jax embed -- "-texts that begin with a dash"
 
 """
@@ -83,10 +90,21 @@ def _positive(value: str) -> int:
     return int(value)
 
 
-def _dtype(value: str) -> str:
-    if value not in ("float32", "bfloat16"):
-        raise argparse.ArgumentTypeError(f"{value!r} is not one of float32, bfloat16")
-    return value
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """A type for argparse whose message says what there is."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def _chunker(value: str) -> str | int:
+    if value == "sentences" or (value.isdecimal() and int(value)):
+        return value if value == "sentences" else int(value)
+    raise argparse.ArgumentTypeError(f"{value!r} is neither 'sentences' nor a number of tokens")
 
 
 def _output(value: str) -> Path:
@@ -126,10 +144,22 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     _switch(embed, "--prompts", "put the task's prompt before each text", default=True)
     _option(embed, "--dimensions", "numbers to keep of each embedding", type=_positive, metavar="N")
     _switch(embed, "--normalize", "scale embeddings to unit length", default=True)
-    _option(embed, "--dtype", "float32 (default, exact) or bfloat16", type=_dtype, default="float32", metavar="TYPE")
+    _option(
+        embed,
+        "--dtype",
+        "float32 (default, exact) or bfloat16",
+        type=_one_of(DTYPES),
+        default="float32",
+        metavar="TYPE",
+    )
     batch = "tokens computed at once, padding included (default: 1024 on a CPU, else 32768)"
     _option(embed, "--batch-tokens", batch, type=_positive, metavar="N")
-    _switch(embed, "--truncate", "cut texts that are too long; otherwise they are an error", default=True)
+    long = "texts that are too long: cut (default), error, or windows (embed all of it in parts that overlap)"
+    _option(embed, "--long", long, type=_one_of(tuple(LONG)), default="cut", metavar="HOW")
+    chunks = "late chunking: an embedding for each sentence (sentences) or for each N tokens"
+    _option(embed, "--chunks", chunks, type=_chunker, metavar="sentences|N")
+    precision = {"type": _one_of(PRECISIONS), "default": "float32", "metavar": "TYPE"}
+    _option(embed, "--precision", f"type of the numbers: {', '.join(PRECISIONS)}", **precision)
     _option(embed, "--output", "write to this file, .jsonl or .npy, rather than stdout", type=_output, metavar="FILE")
     _switch(embed, "--similarity", "print a table of cosine similarities", default=False)
 
@@ -166,17 +196,21 @@ def _embed(args: argparse.Namespace) -> None:
             embedder.config.task_ids([record.task])
         except ValueError as error:
             raise InputError(f"{record.where}: {error}") from error
+    options: dict[str, Any] = {
+        "dimensions": args.dimensions,
+        "normalize": args.normalize,
+        "prompts": args.prompts,
+        "precision": args.precision,
+        "batch_tokens": args.batch_tokens,
+        "truncate": LONG[args.long],
+    }
+    progress = sys.stderr.isatty()
     try:
-        embeddings = embedder.encode(
-            [record.text for record in found],
-            task=[record.task for record in found],
-            dimensions=args.dimensions,
-            normalize=args.normalize,
-            prompts=args.prompts,
-            batch_tokens=args.batch_tokens,
-            truncate=args.truncate,
-            progress=sys.stderr.isatty(),
-        )
+        if args.chunks is None:
+            tasks = [record.task for record in found]
+            embeddings = embedder.encode([record.text for record in found], task=tasks, progress=progress, **options)
+        else:
+            found, embeddings = _embed_chunks(embedder, found, args.chunks, progress, options)
     except ValueError as error:
         raise InputError(str(error)) from error
     if not np.isfinite(embeddings).all():
@@ -191,6 +225,28 @@ def _embed(args: argparse.Namespace) -> None:
         for line in records.json_lines(found, embeddings):
             sys.stdout.buffer.write(records.encode_json(line))
         sys.stdout.buffer.flush()
+
+
+def _embed_chunks(
+    embedder: Any, found: list[Record], chunker: str | int, progress: bool, options: dict[str, Any]
+) -> tuple[list[Record], np.ndarray]:
+    """A record and an embedding for each chunk of each record."""
+    from tqdm import tqdm
+
+    chunks, embeddings = [], [embedder.encode([], dimensions=options["dimensions"], precision=options["precision"])]
+    with tqdm(total=len(found), unit="document", disable=not progress) as bar:
+        # Tasks are one for a stream of documents, so each run of records with the same task is a stream.
+        for task, group in itertools.groupby(found, key=lambda record: record.task):
+            records = list(group)
+            documents = embedder.encode_documents([one.text for one in records], chunker=chunker, task=task, **options)
+            for record, document in zip(records, documents, strict=True):
+                for number, (start, stop) in enumerate(document.spans.tolist()):
+                    chunks.append(
+                        dataclasses.replace(record, text=record.text[start:stop], chunk=(number, start, stop))
+                    )
+                embeddings.append(document.embeddings)
+                bar.update()
+    return chunks, np.concatenate(embeddings)
 
 
 def _info(args: argparse.Namespace) -> None:

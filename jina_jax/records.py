@@ -32,12 +32,14 @@ class Record:
         where: Where it came from, for messages.
         task: Its task.
         id: The id its record has, if any.
+        chunk: If it is a chunk of a longer text: its number there, its first character, and the one after its last.
     """
 
     text: str
     where: str
     task: str | None = None
     id: str | int | None = None
+    chunk: tuple[int, int, int] | None = None
 
 
 def read(inputs: Sequence[str], task: str | None = None) -> list[Record]:
@@ -119,17 +121,19 @@ def _decode(line: bytes, where: str, first: bool) -> str:
 
 
 def json_lines(records: Sequence[Record], embeddings: np.ndarray) -> Iterator[str]:
-    """One JSON object for every text: its index, id (if it has one), text and embedding.
+    """One JSON object for every text: its index, id and place (if it has them), text and embedding.
 
     Args:
         records: The texts.
-        embeddings: Float32 [n, E].
+        embeddings: Numbers [n, E].
 
     Returns:
-        Lines. Numbers have as many digits as restore the float32 exactly.
+        Lines. Numbers have as many digits as restore the value exactly.
     """
     for index, (record, row) in enumerate(zip(records, embeddings, strict=True)):
-        head = {"index": index} | ({} if record.id is None else {"id": record.id}) | {"text": record.text}
+        head = {"index": index} | ({} if record.id is None else {"id": record.id})
+        head |= {} if record.chunk is None else dict(zip(("chunk", "start", "end"), record.chunk, strict=True))
+        head |= {"text": record.text}
         numbers = ", ".join(row.astype(str).tolist())
         line = json.dumps(head, ensure_ascii=False).translate(_LINE_ENDS)
         yield f'{line[:-1]}, "embedding": [{numbers}]}}'
@@ -146,7 +150,7 @@ def write(path: Path, records: Sequence[Record], embeddings: np.ndarray) -> None
     Args:
         path: `.npy` holds the array alone, anything else the lines of `json_lines`. A file that exists is replaced.
         records: The texts.
-        embeddings: Float32 [n, E].
+        embeddings: Numbers [n, E].
 
     Raises:
         OSError: If the file cannot be written; nothing is left behind then.

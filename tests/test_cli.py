@@ -156,12 +156,36 @@ def test_options_reach_the_embedder(run, small):
         (["--dimensions", "5"], {"dimensions": 5}),
         (["--no-normalize", "--dimensions", "5"], {"dimensions": 5, "normalize": False}),
         (["--batch-tokens", "16"], {"batch_tokens": 16}),
+        (["--long", "windows"], {"truncate": False}),
+        (["--precision", "binary"], {"precision": "binary"}),
     ):
         code, out, _ = run("embed", "one", "--model", small, *options, long)  # options may stand between texts
         assert code == 0
         np.testing.assert_array_equal(vectors(out), embedder.encode(["one", long], **expected))
     code, out, _ = run("embed", "one", "--model", small, "--dtype", "bfloat16")
     assert 1e-4 < np.abs(vectors(out)[0] - embedder.encode("one")).max() < 0.1
+
+
+def test_late_chunking(run, small):
+    embedder = jina_jax.Embedder.load(small)
+    Path("documents.jsonl").write_text(
+        '{"id": "x", "text": "One two. Three four. Five.", "task": "separation"}\n"Six."\n{"text": "", "id": 3}\n'
+    )
+    code, out, _ = run("embed", "documents.jsonl", "--model", small, "--chunks", "sentences")
+    rows = parse(out)
+    assert code == 0
+    assert [list(row) for row in rows[:3]] == [["index", "id", "chunk", "start", "end", "text", "embedding"]] * 3
+    assert [row.get("id") for row in rows] == ["x", "x", "x", None]
+    assert [(row["index"], row["chunk"], row["start"], row["end"]) for row in rows[:3]] == [
+        (0, 0, 0, 9),
+        (1, 1, 9, 21),
+        (2, 2, 21, 26),
+    ]
+    assert [row["text"] for row in rows] == ["One two. ", "Three four. ", "Five.", "Six."]
+    expected = embedder.encode_chunks("One two. Three four. Five.", chunker="sentences", task="separation")
+    np.testing.assert_array_equal(vectors(out)[:3], expected.embeddings)
+    assert run("embed", "documents.jsonl", "--model", small, "--chunks", "2", "--output", "o.npy")[0] == 0
+    assert np.load("o.npy").shape[0] > 5
 
 
 def test_every_option_has_an_environment_variable(run, small, monkeypatch):
@@ -172,7 +196,8 @@ def test_every_option_has_an_environment_variable(run, small, monkeypatch):
         "DIMENSIONS": "7",
         "NORMALIZE": "no",
         "BATCH_TOKENS": "64",
-        "TRUNCATE": "off",
+        "LONG": "error",
+        "PRECISION": "float32",
         "DTYPE": "float32",
         "OUTPUT": "out.npy",
         "SIMILARITY": "true",
@@ -189,7 +214,7 @@ def test_every_option_has_an_environment_variable(run, small, monkeypatch):
     assert np.load("other.npy").shape == (1, 3)
     assert_close(np.linalg.norm(np.load("other.npy")), 1, 1e-6)
     _, out, _ = run("embed", "--help")
-    assert all(f"JINA_JAX_{name}" in out for name in (*settings, "REVISION"))
+    assert all(f"JINA_JAX_{name}" in out for name in (*settings, "REVISION", "CHUNKS"))
 
 
 def test_note_on_the_bundled_model_unless_it_was_asked_for(run):
@@ -430,6 +455,9 @@ def test_usage(fails, small):
     assert "'x' is not a whole number" in fails("embed", "a", "--dimensions", "x")
     assert "'0' is not a whole number of at least 1" in fails("embed", "a", "--batch-tokens", "0")
     assert "'float16' is not one of float32, bfloat16" in fails("embed", "a", "--dtype", "float16")
+    assert "'cat' is not one of cut, error, windows" in fails("embed", "a", "--long", "cat")
+    assert "'int4' is not one of float32, float16, int8" in fails("embed", "a", "--precision", "int4")
+    assert "'0' is neither 'sentences' nor a number" in fails("embed", "a", "--chunks", "0")
     assert "'o.csv' must end in .jsonl or .npy" in fails("embed", "a", "--output", "o.csv")
     assert "there is no directory 'nowhere'" in fails("embed", "a", "--output", "nowhere/o.npy")
     Path("d.npy").mkdir()
@@ -440,7 +468,7 @@ def test_usage(fails, small):
     message = fails("embed", "a", "--model", small, "--task", "nope")
     assert "text 1 of the command line: unknown task 'nope'; this model has: retrieval.query" in message
     assert "text 1 has 62 tokens, the model takes 48" in fails(
-        "embed", "a", "of " * 60, "--model", small, "--no-truncate"
+        "embed", "a", "of " * 60, "--model", small, "--long", "error"
     )
 
 
