@@ -401,7 +401,7 @@ class Embedder:
         shapes = batching.row_shapes(self.config.max_tokens, self._batch_tokens(batch_tokens))
         for rows, length in shapes:
             nothing = batching.Batch((), rows, length, batching.row_places(length))
-            jax.block_until_ready(self._compute(batching.fill(nothing, [], self.tokenizer.pad_id)))
+            self._compute(batching.fill(nothing, [], self.tokenizer.pad_id))
         return len(shapes)
 
     def _texts(
@@ -448,8 +448,8 @@ class Embedder:
         batches = arrange(texts, self.config.max_tokens, self._batch_tokens(batch_tokens))
         return Work(window, texts, batches, np.zeros((count, self.config.hidden_size), np.float32))
 
-    def _compute(self, arrays: Arrays) -> Float[Array, "B P D"]:
-        return self._means(self.variables, *arrays)
+    def _compute(self, arrays: Arrays) -> Float[np.ndarray, "B P D"]:
+        return np.asarray(self._means(self.variables, *arrays))
 
     def _tokenize(
         self, texts: list[str], truncate: Truncate, window: int, *, first: int = 0, offsets: bool = False

@@ -1,20 +1,25 @@
 """Attention in memory linear in the length, in plain XLA: online softmax over blocks of keys.
 
 Forward follows Rabe and Staats (2021) and Dao (2023, algorithm 1); the backward pass recomputes the probabilities
-from the saved logsumexp (Dao 2023, algorithm 2), so it needs no more memory than the forward pass.
+from the saved logsumexp (Dao 2023, algorithm 2), so it needs no more memory than the forward pass. Texts packed in a
+row stand side by side, so a block of queries sees one range of keys, and nothing beyond it is computed.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jina_jax import rope as rotary
+from jina_jax.kernels import tiles
 from jina_jax.kernels.common import NO_KEYS, Inputs, clean, dot, join, split
 from jina_jax.kernels.dropout import keep, shift
 
-BLOCK = 512
+# Tokens in a block. Small ones skip more, large ones have less to carry from one to the next: a pair of blocks of 128
+# takes a CPU as long as 3.5 pairs of 64 (tests/benchmarks/attention.py).
+SMALL_BLOCK, BLOCK, LONG_BLOCK, LONG = 64, 128, 256, 1024
 
 
 def forward(inputs: Inputs, dtype: Any) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
@@ -27,36 +32,58 @@ def forward(inputs: Inputs, dtype: Any) -> tuple[Float[Array, "B T D"], Float[Ar
     Returns:
         Output and logsumexp.
     """
-    q, k, v, q_segments, k_segments = _prepare(inputs)
-    words, rate = inputs.words, inputs.rate
-    B, T, N, H = q.shape
-    size = _block_size(T)
-    queries, keys = _blocks(size, q, q_segments), _blocks(_block_size(k.shape[1]), k, v, k_segments)
+    inputs, T = inputs.rotated(), inputs.q.shape[1]
+    if not SMALL_BLOCK < T <= LONG or inputs.q_segments is None or inputs.k.shape[1] != T:
+        return _forward(inputs, dtype, _block_limit(max(T, inputs.k.shape[1])))
 
-    def query_block(query: tuple) -> tuple[Array, Array]:
-        row, q_block, q_segments = query
+    def pairs(limit: int) -> Array:
+        """Pairs of blocks that would be computed."""
+        *_, q_segments, k_segments = _prepare(inputs, limit)
+        size = _block_size(T, limit)
+        first, last = _ranges(q_segments, k_segments, size, size)
+        return jnp.sum(last - first)
 
-        def key_block(carry: tuple, key: tuple) -> tuple[tuple, None]:
+    small = 2 * pairs(SMALL_BLOCK) < 7 * pairs(BLOCK)
+    run = lambda limit: lambda arrays: _forward(dataclasses.replace(inputs, **arrays), dtype, limit)  # noqa: E731
+    names = ("q", "k", "v", "q_segments", "k_segments", "words")
+    arrays = {name: getattr(inputs, name) for name in names}
+    return jax.lax.cond(small, run(SMALL_BLOCK), run(BLOCK), arrays)
+
+
+def _forward(inputs: Inputs, dtype: Any, limit: int) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
+    """`forward` with blocks of at most so many tokens."""
+    q, k, v, q_segments, k_segments = _prepare(inputs, limit)
+    (B, N, _, H), T, rate = q.shape, inputs.q.shape[1], inputs.rate
+    query, key = _block_size(T, limit), _block_size(inputs.k.shape[1], limit)
+    first, last = _ranges(q_segments, k_segments, query, key)
+
+    def query_block(i: Array) -> tuple[Array, Array]:
+        q_block, q_ids = _block(q, i, query), _block(q_segments, i, query, axis=1)
+
+        def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = carry
-            column, k_block, v_block, k_segments = key
-            scores, visible = _scores(q_block, k_block, q_segments, k_segments)
-            new_top = jnp.maximum(top, jnp.max(jnp.where(visible, scores, -1e30), axis=-1))
-            weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+            scores = _scores(q_block, _block(k, j, key), q_ids, _block(k_segments, j, key, axis=1))
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            # Of a query that has seen no key yet these are ones, which the first key it sees shrinks to zero.
+            weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             total = total * shrink + weights.sum(axis=-1)
             if rate:
-                weights = jnp.where(_keep(words, rate, weights.shape, row, column), weights / (1 - rate), 0.0)
-            out = out * shrink[..., None] + dot("BNTS,BSNH->BNTH", weights.astype(v.dtype), v_block)
-            return (new_top, total, out), None
+                kept = _keep(inputs, weights.shape, i * query, j * key)
+                weights = jnp.where(kept, weights / (1 - rate), 0.0)
+            out = out * shrink[..., None] + dot("BNTS,BNSH->BNTH", weights.astype(v.dtype), _block(v, j, key))
+            return new_top, total, out
 
-        start = (jnp.full((B, N, size), NO_KEYS), jnp.zeros((B, N, size)), jnp.zeros((B, N, size, H)))
-        (top, total, out), _ = jax.lax.scan(key_block, start, keys)
-        total = jnp.maximum(total, 1e-30)
-        out = (out / total[..., None]).astype(dtype)
-        return jnp.swapaxes(out, 1, 2), jnp.swapaxes(top + jnp.log(total), 1, 2)
+        start = (jnp.full((B, N, query), NO_KEYS), jnp.zeros((B, N, query)), jnp.zeros((B, N, query, H)))
+        top, total, out = jax.lax.fori_loop(first[i], last[i], key_block, start)
+        seen = top > NO_KEYS
+        total = jnp.where(seen, total, 1.0)
+        out = jnp.where(seen[..., None], out / total[..., None], 0.0).astype(dtype)
+        return jnp.swapaxes(out, 1, 2), jnp.where(seen, top + jnp.log(total), NO_KEYS)
 
-    out, logsumexp = jax.lax.map(query_block, queries)
-    return join(_whole(out, T)), jnp.swapaxes(_whole(logsumexp, T), 1, 2)
+    out, logsumexp = jax.lax.map(query_block, jnp.arange(len(first)))
+    out = jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
+    return join(out), jnp.moveaxis(logsumexp, 0, 2).reshape(B, N, -1)[:, :, :T]
 
 
 def backward(
@@ -78,88 +105,106 @@ def backward(
     Returns:
         Gradients of q, k and v.
     """
-    q, k, v, q_segments, k_segments = _prepare(inputs)
-    words, rate, rope = inputs.words, inputs.rate, inputs.rope
-    (_, T, _, H), S = q.shape, k.shape[1]
-    out, d_out = (clean(split(x, inputs.heads), q_segments) for x in (out, d_out))
+    T, S, rope, rate = inputs.q.shape[1], inputs.k.shape[1], inputs.rope, inputs.rate
+    limit = _block_limit(max(T, S))
+    q, k, v, q_segments, k_segments = _prepare(inputs, limit)
+    H, query, key = q.shape[3], _block_size(T, limit), _block_size(S, limit)
+    first, last = _ranges(k_segments, q_segments, key, query)
+    out, d_out = (_fill(_by_head(x, inputs.heads, inputs.q_segments), query) for x in (out, d_out))
     # The softmax's Jacobian needs sum_s p_s dp_s for every query, which equals out . d_out, dropout included.
-    delta = jnp.einsum("BTNH,BTNH->BTN", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    logsumexp = jnp.swapaxes(logsumexp, 1, 2)
-    queries = _blocks(_block_size(T), q, q_segments, d_out.astype(q.dtype), delta, logsumexp)
-    keys = _blocks(_block_size(S), k, v, k_segments)
+    delta = jnp.einsum("BNTH,BNTH->BNT", out.astype(jnp.float32), d_out.astype(jnp.float32))
+    d_out, logsumexp = d_out.astype(q.dtype), _fill(logsumexp, query)
 
-    def key_block(dq_blocks: Array, key: tuple) -> tuple[Array, tuple[Array, Array]]:
-        column, k_block, v_block, k_segments = key
+    def key_block(dq: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+        k_block, v_block, k_ids = _block(k, j, key), _block(v, j, key), _block(k_segments, j, key, axis=1)
 
-        def query_block(carry: tuple, query: tuple) -> tuple[tuple, Array]:
-            dk, dv = carry
-            row, q_block, q_segments, d_out_block, delta_block, lse_block = query
-            scores, visible = _scores(q_block, k_block, q_segments, k_segments)
-            weights = jnp.where(visible, jnp.exp(scores - jnp.swapaxes(lse_block, 1, 2)[..., None]), 0.0)
-            d_weights = dot("BTNH,BSNH->BNTS", d_out_block, v_block)
+        def query_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = carry
+            q_block, d_out_block = _block(q, i, query), _block(d_out, i, query)
+            scores = _scores(q_block, k_block, _block(q_segments, i, query, axis=1), k_ids)
+            # A logsumexp of NO_KEYS would turn masked scores to ones.
+            weights = jnp.where(scores > NO_KEYS, jnp.exp(scores - _block(logsumexp, i, query)[..., None]), 0.0)
+            d_weights = dot("BNTH,BNSH->BNTS", d_out_block, v_block)
             dropped = weights
             if rate:
-                kept = _keep(words, rate, weights.shape, row, column)
+                kept = _keep(inputs, weights.shape, i * query, j * key)
                 dropped = jnp.where(kept, weights / (1 - rate), 0.0)
                 d_weights = jnp.where(kept, d_weights / (1 - rate), 0.0)
-            dv = dv + dot("BNTS,BTNH->BSNH", dropped.astype(v.dtype), d_out_block)
-            d_scores = weights * (d_weights - jnp.swapaxes(delta_block, 1, 2)[..., None])
-            d_scores = d_scores.astype(q.dtype)
-            dk = dk + dot("BNTS,BTNH->BSNH", d_scores, q_block)
-            return (dk, dv), dot("BNTS,BSNH->BTNH", d_scores, k_block)
+            dv = dv + dot("BNTS,BNTH->BNSH", dropped.astype(v.dtype), d_out_block)
+            d_scores = (weights * (d_weights - _block(delta, i, query)[..., None])).astype(q.dtype)
+            dk = dk + dot("BNTS,BNTH->BNSH", d_scores, q_block)
+            share = _block(dq, i, query) + dot("BNTS,BNSH->BNTH", d_scores, k_block)
+            return jax.lax.dynamic_update_slice_in_dim(dq, share, i * query, axis=2), dk, dv
 
         zeros = jnp.zeros(k_block.shape, jnp.float32)
-        d_keys_values, d_queries = jax.lax.scan(query_block, (zeros, zeros), queries)
-        return dq_blocks + d_queries, d_keys_values
+        dq, dk, dv = jax.lax.fori_loop(first[j], last[j], query_block, (dq, zeros, zeros))
+        return dq, (dk, dv)
 
-    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros(queries[1].shape, jnp.float32), keys)
-    dq, dk, dv = _whole(dq, T) * H**-0.5, _whole(dk, S) * H**-0.5, _whole(dv, S)
+    dq, d_keys_values = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(len(first)))
+    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in d_keys_values)
+    dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dq[:, :, :T], dk[:, :, :S], dv[:, :, :S]))
+    dq, dk = dq * H**-0.5, dk * H**-0.5
     if rope is not None:  # the transpose of a rotation is the rotation back
         dq, dk = (rotary.apply(x, rope[0], -rope[1]) for x in (dq, dk))
     dq, dk, dv = (join(x.astype(dtype)) for x in (dq, dk, dv))
     return dq, dk, dv
 
 
-def _prepare(inputs: Inputs) -> tuple[Array, Array, Array, Array, Array]:
-    """Queries, keys and values [B, T, N, H], rotated and with clean padding, and the segments."""
+def _prepare(inputs: Inputs, limit: int) -> tuple[Array, Array, Array, Array, Array]:
+    """Queries, keys and values [B, N, T, H], rotated, with clean padding, in whole blocks; and the segments."""
     inputs = inputs.rotated()
-    q, k, v = (split(x, inputs.heads) for x in (inputs.q, inputs.k, inputs.v))
-    if inputs.q_segments is None or inputs.k_segments is None:
-        return q, k, v, jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
-    q_segments, k_segments = inputs.q_segments, inputs.k_segments
-    return clean(q, q_segments), clean(k, k_segments), clean(v, k_segments), q_segments, k_segments
+    q_segments, k_segments = (
+        jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
+        for x, segments in ((inputs.q, inputs.q_segments), (inputs.k, inputs.k_segments))
+    )
+    query, key = (_block_size(x.shape[1], limit) for x in (inputs.q, inputs.k))
+    q = _fill(_by_head(inputs.q, inputs.heads, inputs.q_segments), query)
+    k, v = (_fill(_by_head(x, inputs.heads, inputs.k_segments), key) for x in (inputs.k, inputs.v))
+    return q, k, v, _fill(q_segments, query, axis=1), _fill(k_segments, key, axis=1)
 
 
-def _scores(q: Array, k: Array, q_segments: Array, k_segments: Array) -> tuple[Array, Array]:
-    """Scaled scores of one block, float32 [B, N, T, S], and which of them count, [B, 1, T, S]."""
-    scores = dot("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
+def _by_head(x: Array, heads: int, segments: Array | None) -> Float[Array, "B N T H"]:
+    """[B, T, D] with heads in front of tokens, zeros in padding."""
+    x = split(x, heads)
+    return jnp.swapaxes(x if segments is None else clean(x, segments), 1, 2)
+
+
+def _ranges(q_segments: Array, k_segments: Array, query: int, key: int) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
+    """First block of keys that each block of queries sees in any row, and the one after the last."""
+    visit = tiles.compare(q_segments, k_segments, query, key)[0].any(axis=0)
+    last = visit.shape[1] - jnp.argmax(visit[:, ::-1], axis=1)
+    return jnp.argmax(visit, axis=1), jnp.where(visit.any(axis=1), last, 0)
+
+
+def _scores(q: Array, k: Array, q_segments: Array, k_segments: Array) -> Float[Array, "B N T S"]:
+    """Scaled scores of one block, float32, NO_KEYS where they do not count."""
+    scores = dot("BNTH,BNSH->BNTS", q, k) * q.shape[-1] ** -0.5
     visible = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments > 0)[:, None, :]
-    return scores, visible[:, None]
+    return jnp.where(visible[:, None], scores, NO_KEYS)
 
 
-def _keep(words: Array, rate: float, shape: tuple[int, ...], row: Array, column: Array) -> Array:
+def _keep(inputs: Inputs, shape: tuple[int, ...], row: Array, column: Array) -> Array:
     """Which probabilities of a block [B, N, T, S] survive dropout."""
-    return keep(shift(words, row=row, column=column), rate, *jnp.ix_(*(jnp.arange(size) for size in shape)))
+    words = shift(inputs.words, row=row.astype(jnp.uint32), column=column.astype(jnp.uint32))
+    return keep(words, inputs.rate, *jnp.ix_(*(jnp.arange(size) for size in shape)))
 
 
-def _block_size(length: int) -> int:
-    """Tokens per block: the length itself when short, else the fewest equal blocks of at most BLOCK."""
-    count = -(-length // BLOCK)
-    return -(-length // count)
+def _block_limit(length: int) -> int:
+    """Most tokens in a block, where nothing is known of the texts."""
+    return BLOCK if length <= LONG else LONG_BLOCK
 
 
-def _blocks(size: int, *arrays: Array) -> tuple[Array, ...]:
-    """Where each block starts, and each array [B, T, ...] as [blocks, B, size, ...], filled up with zeros."""
-    count = -(-arrays[0].shape[1] // size)
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, count * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
-
-    return jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(size), *map(split, arrays)
+def _block_size(length: int, limit: int) -> int:
+    """Tokens per block: the length itself when short, else the fewest equal blocks of at most so many."""
+    return -(-length // -(-length // limit))
 
 
-def _whole(blocks: Array, length: int) -> Array:
-    """[blocks, B, size, ...] back to [B, T, ...]."""
-    x = jnp.moveaxis(blocks, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+def _block(x: Array, index: Array, size: int, axis: int = 2) -> Array:
+    """Tokens of one block."""
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+
+def _fill(x: Array, size: int, axis: int = 2) -> Array:
+    """Zeros at the end of the tokens, up to a whole block."""
+    missing = -x.shape[axis] % size
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
