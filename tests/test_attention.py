@@ -18,8 +18,11 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    """Blocks of 64 and tiles of 128, the smallest there are, so that short inputs have several, and several spans."""
-    monkeypatch.setattr(blockwise, "BLOCK", 64)
+    """Small blocks, and tiles of 128, the smallest there are, so that short inputs have several, and several spans."""
+    plans = {"SMALL": (32, 32), "MEDIUM": (64, 64), "LARGE": (80, 160, True)}
+    for name, plan in plans.items():
+        monkeypatch.setattr(blockwise, name, blockwise.Plan(*plan))
+    monkeypatch.setattr(blockwise, "LONG", 400)
     sizes = tiles.Sizes(query=128, key=128, chunk=128, part=128, turn=1, queries=256, keys=256)
     monkeypatch.setattr(tiles, "choose", lambda *_: sizes)
 

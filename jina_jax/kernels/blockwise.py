@@ -6,7 +6,8 @@ row stand side by side, so a block of queries sees one range of keys, and nothin
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,27 @@ from jina_jax.kernels import tiles
 from jina_jax.kernels.common import NO_KEYS, Inputs, clean, dot, join, split
 from jina_jax.kernels.dropout import keep, shift
 
-# Tokens in a block. Small ones skip more, large ones have less to carry from one to the next: a pair of blocks of 128
-# takes a CPU as long as 3.5 pairs of 64 (tests/benchmarks/attention.py).
-SMALL_BLOCK, BLOCK, LONG_BLOCK, LONG = 64, 128, 256, 1024
+
+class Plan(NamedTuple):
+    """How attention is cut into blocks.
+
+    Attributes:
+        query: Queries in a block, at most.
+        key: Keys in a block, at most.
+        by_head: Whether heads follow each other, rather than being computed together.
+    """
+
+    query: int
+    key: int
+    by_head: bool = False
+
+
+# XLA on CPUs runs a batch of small products on one core, and a large product on all of them. So short texts are best
+# computed with all heads together, in blocks that skip much, and long ones head by head (`python -m
+# tests.benchmarks.attention blocks`). A pair of blocks of 128 takes as long as 3.5 pairs of 64, and a row of 1024
+# head by head as long as 32 pairs of 128.
+SMALL, MEDIUM, LARGE = Plan(64, 64), Plan(128, 128), Plan(512, 1024, by_head=True)
+LONG = 1024
 
 
 def forward(inputs: Inputs, dtype: Any) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
@@ -32,29 +51,57 @@ def forward(inputs: Inputs, dtype: Any) -> tuple[Float[Array, "B T D"], Float[Ar
     Returns:
         Output and logsumexp.
     """
-    inputs, T = inputs.rotated(), inputs.q.shape[1]
-    if not SMALL_BLOCK < T <= LONG or inputs.q_segments is None or inputs.k.shape[1] != T:
-        return _forward(inputs, dtype, _block_limit(max(T, inputs.k.shape[1])))
+    inputs, T, S = inputs.rotated(), inputs.q.shape[1], inputs.k.shape[1]
+    if inputs.rate or max(T, S) <= SMALL.query:
+        return _forward(inputs, dtype, MEDIUM)
+    if inputs.q_segments is None or max(T, S) > LONG:
+        return _forward(inputs, dtype, LARGE if max(T, S) > LONG // 2 else MEDIUM)
 
-    def pairs(limit: int) -> Array:
-        """Pairs of blocks that would be computed."""
-        *_, q_segments, k_segments = _prepare(inputs, limit)
-        size = _block_size(T, limit)
-        first, last = _ranges(q_segments, k_segments, size, size)
-        return jnp.sum(last - first)
+    small, medium = (_pairs(inputs, plan) for plan in (SMALL, MEDIUM))
+    rows = inputs.q.shape[0] * T / LONG  # of 1024 tokens
+    best = jnp.where(2 * small < 7 * medium, 0, jnp.where(medium * inputs.q.shape[0] < int(32 * rows), 1, 2))
+    arrays = {name: getattr(inputs, name) for name in ("q", "k", "v", "q_segments", "k_segments", "words")}
 
-    small = 2 * pairs(SMALL_BLOCK) < 7 * pairs(BLOCK)
-    run = lambda limit: lambda arrays: _forward(dataclasses.replace(inputs, **arrays), dtype, limit)  # noqa: E731
-    names = ("q", "k", "v", "q_segments", "k_segments", "words")
-    arrays = {name: getattr(inputs, name) for name in names}
-    return jax.lax.cond(small, run(SMALL_BLOCK), run(BLOCK), arrays)
+    def branch(plan: Plan) -> Callable[[dict], tuple[Array, Array]]:
+        return lambda arrays: _forward(dataclasses.replace(inputs, **arrays), dtype, plan)
+
+    return jax.lax.switch(best, [branch(plan) for plan in (SMALL, MEDIUM, LARGE)], arrays)
 
 
-def _forward(inputs: Inputs, dtype: Any, limit: int) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
-    """`forward` with blocks of at most so many tokens."""
-    q, k, v, q_segments, k_segments = _prepare(inputs, limit)
-    (B, N, _, H), T, rate = q.shape, inputs.q.shape[1], inputs.rate
-    query, key = _block_size(T, limit), _block_size(inputs.k.shape[1], limit)
+def _pairs(inputs: Inputs, plan: Plan) -> Array:
+    """Pairs of blocks that would be computed for each row."""
+    *_, q_segments, k_segments = _prepare(inputs, plan)
+    query, key = (_block_size(x.shape[1], limit) for x, limit in ((inputs.q, plan.query), (inputs.k, plan.key)))
+    first, last = _ranges(q_segments, k_segments, query, key)
+    return jnp.sum(last - first)
+
+
+def _forward(inputs: Inputs, dtype: Any, plan: Plan) -> tuple[Float[Array, "B T D"], Float[Array, "B N T"]]:
+    """`forward` with one plan."""
+    q, k, v, q_segments, k_segments = _prepare(inputs, plan)
+    (B, N, _, H), T = q.shape, inputs.q.shape[1]
+    sizes = _block_size(T, plan.query), _block_size(inputs.k.shape[1], plan.key)
+    if not plan.by_head:
+        out, logsumexp = _blocks(inputs, (q, k, v), q_segments, k_segments, sizes)
+    else:
+
+        def head(one: tuple) -> tuple[Array, Array]:
+            row, *vectors = one
+            q_ids, k_ids = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q_segments, k_segments))
+            return _blocks(inputs, vectors, q_ids, k_ids, sizes)
+
+        rows = jnp.repeat(jnp.arange(B), N)
+        out, logsumexp = jax.lax.map(head, (rows, *(x.reshape(B * N, 1, 1, -1, H) for x in (q, k, v))))
+        out, logsumexp = out.reshape(B, N, -1, H), logsumexp.reshape(B, N, -1)
+    return join(jnp.swapaxes(out[:, :, :T].astype(dtype), 1, 2)), logsumexp[:, :, :T]
+
+
+def _blocks(
+    inputs: Inputs, vectors: Sequence[Array], q_segments: Array, k_segments: Array, sizes: tuple[int, int]
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    """Output, float32, and logsumexp of whole blocks."""
+    (q, k, v), (query, key), rate = vectors, sizes, inputs.rate
+    B, N, _, H = q.shape
     first, last = _ranges(q_segments, k_segments, query, key)
 
     def query_block(i: Array) -> tuple[Array, Array]:
@@ -78,12 +125,11 @@ def _forward(inputs: Inputs, dtype: Any, limit: int) -> tuple[Float[Array, "B T 
         top, total, out = jax.lax.fori_loop(first[i], last[i], key_block, start)
         seen = top > NO_KEYS
         total = jnp.where(seen, total, 1.0)
-        out = jnp.where(seen[..., None], out / total[..., None], 0.0).astype(dtype)
-        return jnp.swapaxes(out, 1, 2), jnp.where(seen, top + jnp.log(total), NO_KEYS)
+        out = jnp.where(seen[..., None], out / total[..., None], 0.0)
+        return out, jnp.where(seen, top + jnp.log(total), NO_KEYS)
 
     out, logsumexp = jax.lax.map(query_block, jnp.arange(len(first)))
-    out = jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
-    return join(out), jnp.moveaxis(logsumexp, 0, 2).reshape(B, N, -1)[:, :, :T]
+    return jnp.moveaxis(out, 0, 2).reshape(B, N, -1, H), jnp.moveaxis(logsumexp, 0, 2).reshape(B, N, -1)
 
 
 def backward(
@@ -106,9 +152,9 @@ def backward(
         Gradients of q, k and v.
     """
     T, S, rope, rate = inputs.q.shape[1], inputs.k.shape[1], inputs.rope, inputs.rate
-    limit = _block_limit(max(T, S))
-    q, k, v, q_segments, k_segments = _prepare(inputs, limit)
-    H, query, key = q.shape[3], _block_size(T, limit), _block_size(S, limit)
+    plan = MEDIUM if max(T, S) <= LONG else Plan(256, 256)
+    q, k, v, q_segments, k_segments = _prepare(inputs, plan)
+    H, query, key = q.shape[3], _block_size(T, plan.query), _block_size(S, plan.key)
     first, last = _ranges(k_segments, q_segments, key, query)
     out, d_out = (_fill(_by_head(x, inputs.heads, inputs.q_segments), query) for x in (out, d_out))
     # The softmax's Jacobian needs sum_s p_s dp_s for every query, which equals out . d_out, dropout included.
@@ -150,14 +196,14 @@ def backward(
     return dq, dk, dv
 
 
-def _prepare(inputs: Inputs, limit: int) -> tuple[Array, Array, Array, Array, Array]:
+def _prepare(inputs: Inputs, plan: Plan) -> tuple[Array, Array, Array, Array, Array]:
     """Queries, keys and values [B, N, T, H], rotated, with clean padding, in whole blocks; and the segments."""
     inputs = inputs.rotated()
     q_segments, k_segments = (
         jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
         for x, segments in ((inputs.q, inputs.q_segments), (inputs.k, inputs.k_segments))
     )
-    query, key = (_block_size(x.shape[1], limit) for x in (inputs.q, inputs.k))
+    query, key = _block_size(inputs.q.shape[1], plan.query), _block_size(inputs.k.shape[1], plan.key)
     q = _fill(_by_head(inputs.q, inputs.heads, inputs.q_segments), query)
     k, v = (_fill(_by_head(x, inputs.heads, inputs.k_segments), key) for x in (inputs.k, inputs.v))
     return q, k, v, _fill(q_segments, query, axis=1), _fill(k_segments, key, axis=1)
@@ -187,11 +233,6 @@ def _keep(inputs: Inputs, shape: tuple[int, ...], row: Array, column: Array) -> 
     """Which probabilities of a block [B, N, T, S] survive dropout."""
     words = shift(inputs.words, row=row.astype(jnp.uint32), column=column.astype(jnp.uint32))
     return keep(words, inputs.rate, *jnp.ix_(*(jnp.arange(size) for size in shape)))
-
-
-def _block_limit(length: int) -> int:
-    """Most tokens in a block, where nothing is known of the texts."""
-    return BLOCK if length <= LONG else LONG_BLOCK
 
 
 def _block_size(length: int, limit: int) -> int:
