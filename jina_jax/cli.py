@@ -1,4 +1,4 @@
-"""The command line: `jina-jax embed` and `jina-jax info`.
+"""The command line: `jina-jax embed`, `jina-jax bench` and `jina-jax info`.
 
 Exit codes: 0 done; 2 a mistake in what the user gave; 1 anything else that went wrong, such as a damaged checkpoint or
 a full disk; 130 interrupted; 141 nobody reads the output any more. Errors are short, without a traceback;
@@ -29,6 +29,7 @@ from jina_jax.records import InputError, Record
 TABLE_LIMIT = 50
 MESSAGE_LINES = 20
 OUTPUTS = (".jsonl", ".npy")
+PROFILES = ("queries", "passages", "mix")
 DTYPES = ("float32", "bfloat16")
 LONG: dict[str, Any] = {"cut": True, "error": "error", "windows": False}
 
@@ -127,6 +128,7 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     parser.add_argument("--version", action="version", version=f"jina-jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    dtype = {"type": _one_of(DTYPES), "default": "float32", "metavar": "TYPE"}
     embed = commands.add_parser(
         "embed", help="embed texts", description=EMBED, epilog=EXAMPLES + NOTES, formatter_class=raw
     )
@@ -163,13 +165,27 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     _option(embed, "--output", "write to this file, .jsonl or .npy, rather than stdout", type=_output, metavar="FILE")
     _switch(embed, "--similarity", "print a table of cosine similarities", default=False)
 
+    bench = commands.add_parser(
+        "bench", help="measure speed", description="Measure how fast a model embeds here, by length of text."
+    )
+    bench.set_defaults(run=_bench)
+    _option(bench, "--model", f"directory, name on the hub such as {hub.REAL_MODEL}, or mini (default)", metavar="NAME")
+    _option(bench, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    _option(bench, "--task", "task of the texts; without one, no adapter and no prompt", metavar="NAME")
+    _option(bench, "--dtype", "type to compute in: float32 (default, exact) or bfloat16", **dtype)
+    profiles = "texts of 4-32 tokens (queries), of 64-512 (passages), of 4-8192, most of them short (mix); default: all"
+    bench.add_argument("--profile", help=profiles, type=_one_of(PROFILES), action="append", metavar="NAME")
+    bench.add_argument("--tokens", help="tokens in all, for each profile", type=_positive, default=20_000, metavar="N")
+    bench.add_argument("--rounds", help="timed runs; the median counts", type=_positive, default=3, metavar="N")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(run=_info)
     model = os.environ.get("JINA_JAX_MODEL")
     info.add_argument("model", nargs="?", default=model, help="as for embed --model [env: JINA_JAX_MODEL]")
     _option(info, "--revision", "branch, tag or commit on the hub", metavar="NAME")
     info.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"embed": embed, "info": info}
+    return parser, {"embed": embed, "bench": bench, "info": info}
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------
@@ -247,6 +263,27 @@ def _embed_chunks(
                 embeddings.append(document.embeddings)
                 bar.update()
     return chunks, np.concatenate(embeddings)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    """`jina-jax bench`."""
+    directory = _find(args)
+    import jax
+
+    from jina_jax import bench
+    from jina_jax.embedder import Embedder
+
+    embedder = Embedder.load(directory, dtype=args.dtype)
+    try:
+        embedder.config.task_ids([args.task])
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    rows = [
+        bench.measure(embedder, profile, tokens=args.tokens, rounds=args.rounds, task=args.task)
+        for profile in args.profile or PROFILES
+    ]
+    about = {"device": jax.devices()[0].device_kind, "dtype": args.dtype, "jax": jax.__version__, "profiles": rows}
+    _print(json.dumps(about, indent=2) if args.json else bench.table(rows))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -148,6 +148,11 @@ class Embedder:
         """Size E of an embedding when no other is asked for."""
         return self.config.truncate_dim or self.config.hidden_size
 
+    @property
+    def programs(self) -> int:
+        """Number of programs compiled so far, one for each shape."""
+        return self._means._cache_size()  # type: ignore[attr-defined]
+
     def encode(
         self,
         texts: str | Iterable[str],

@@ -188,6 +188,27 @@ def test_late_chunking(run, small):
     assert np.load("o.npy").shape[0] > 5
 
 
+def test_bench(run, small):
+    code, out, _ = run("bench", "--model", small, "--tokens", "500", "--rounds", "1", "--json")
+    assert code == 0
+    about = json.loads(out)
+    assert [row["profile"] for row in about["profiles"]] == ["queries", "passages", "mix"]
+    for row in about["profiles"]:
+        assert row["texts_per_second"] > 0
+        assert 0 <= row["padding"] < 1
+        assert row["longest"] <= 48
+        assert row["peak_bytes"] > 2**20
+        assert row["programs"] <= 8
+    code, out, _ = run("bench", "--model", small, "--tokens", "300", "--rounds", "1", "--profile", "queries")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["profile", "queries"]
+
+
+def test_bench_refuses(fails, small):
+    assert "'long' is not one of queries, passages, mix" in fails("bench", "--profile", "long")
+    assert "unknown task 'nope'" in fails("bench", "--model", small, "--task", "nope")
+
+
 def test_every_option_has_an_environment_variable(run, small, monkeypatch):
     settings = {
         "MODEL": small,

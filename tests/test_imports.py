@@ -34,7 +34,7 @@ MAY_IMPORT = {
         "hub",
     },
 }
-LATE = {"records", "info", "cli", "__main__"}  # the command line may use everything
+LATE = {"bench", "records", "info", "cli", "__main__"}  # the command line may use everything
 NEVER = {"torch", "transformers", "peft", "convert", "fastapi", "sentence_transformers"}
 # Outside modules that a room must do without.
 WITHOUT = {
