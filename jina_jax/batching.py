@@ -70,21 +70,23 @@ class Text:
     shares: np.ndarray
 
 
-def row_lengths(max_tokens: int) -> tuple[int, ...]:
-    """Lengths of packed rows: powers of two from 64, and last `max_tokens`.
+def row_lengths(max_tokens: int, batch_tokens: int) -> tuple[int, ...]:
+    """Lengths of packed rows: powers of two from 64, or 128 where batches have several rows, and last `max_tokens`.
 
     Args:
         max_tokens: Length of the longest text allowed.
+        batch_tokens: Tokens computed at once.
 
     Returns:
-        Lengths, ascending; 8 for 8192.
+        Lengths, ascending; 8 for 8192 tokens computed 1024 at once.
 
     Raises:
-        ValueError: If `max_tokens` is not positive.
+        ValueError: If a limit is not positive.
     """
-    if max_tokens < 1:
-        raise ValueError(f"{max_tokens=} must be at least 1")
-    powers = (SHORTEST_ROW << i for i in range(max_tokens.bit_length()))
+    if max_tokens < 1 or batch_tokens < 1:
+        raise ValueError(f"{max_tokens=} and {batch_tokens=} must be at least 1")
+    shortest = SHORTEST_ROW if batch_tokens < 2 * max_tokens else 2 * SHORTEST_ROW
+    powers = (shortest << i for i in range(max_tokens.bit_length()))
     return (*(length for length in powers if length < max_tokens), max_tokens)
 
 
@@ -108,7 +110,7 @@ def pack(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Batc
     Raises:
         ValueError: If a text is too long, or a limit is not positive.
     """
-    sizes = row_lengths(max_tokens)
+    sizes = row_lengths(max_tokens, batch_tokens)
     lengths = _checked_lengths(texts, max_tokens, batch_tokens)
     wanted = [max(1, len(text.targets)) for text in texts]
     usual = next((size for size in sizes if size >= batch_tokens), sizes[-1])
@@ -150,7 +152,7 @@ def pack(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Batc
 
 
 def row_shapes(max_tokens: int, batch_tokens: int) -> list[tuple[int, int]]:
-    """Every shape (rows, length) that `pack` can give: 8 for 8192 tokens computed 1024 at once, 9 for 32768 at once.
+    """Every shape (rows, length) that `pack` can give: 8 for 8192 tokens, computed 1024 or 32768 at once.
 
     Args:
         max_tokens: Length of the longest text allowed.
@@ -159,7 +161,7 @@ def row_shapes(max_tokens: int, batch_tokens: int) -> list[tuple[int, int]]:
     Returns:
         Shapes without repetition.
     """
-    sizes = row_lengths(max_tokens)
+    sizes = row_lengths(max_tokens, batch_tokens)
     together = max(1, batch_tokens // sizes[-1])
     return [(1, size) for size in sizes] + [(together, sizes[-1])] * (together > 1)
 

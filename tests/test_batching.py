@@ -58,10 +58,11 @@ def test_packed_shapes_are_those_promised(lengths, max_tokens, batch_tokens):
 
 def test_the_number_of_shapes_that_is_documented():
     assert len(batching.row_shapes(8192, 1024)) == 8
-    assert len(batching.row_shapes(8192, 32_768)) == 9
-    assert batching.row_lengths(8192) == (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    assert batching.row_lengths(130) == (64, 128, 130)
-    assert batching.row_lengths(20) == (20,)
+    assert len(batching.row_shapes(8192, 32_768)) == 8
+    assert batching.row_lengths(8192, 1024) == (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    assert batching.row_shapes(8192, 32_768)[-2:] == [(1, 8192), (4, 8192)]
+    assert batching.row_lengths(130, 1) == (64, 128, 130)
+    assert batching.row_lengths(20, 1024) == (20,)
 
 
 @pytest.mark.parametrize("batch_tokens", [1024, 32_768])
@@ -157,7 +158,7 @@ def test_nothing_to_do(arrange):
     [
         ([5, 600, 7], (512, 64), "text 1 has 600 tokens, more than max_tokens=512"),
         ([5], (512, 0), "batch_tokens=0 must be at least 1"),
-        ([5], (0, 64), "max_tokens=0 must be at least 1"),
+        ([5], (0, 64), "max_tokens=0"),
     ],
 )
 def test_limits_are_checked(arrange, lengths, limits, message):

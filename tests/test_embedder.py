@@ -230,7 +230,7 @@ def test_usage(embedder):
     assert usage.texts == 3
     assert usage.tokens == 3 + limit + prompt
     assert (usage.truncated, usage.cut_tokens) == (1, 202 - limit)
-    assert usage.computed_tokens == 64 + 128 + 64
+    assert usage.computed_tokens == 128 + 128 + 128
     assert usage.batches == 3
 
 
