@@ -1,0 +1,54 @@
+"""The notebooks run, and each is the same as its pair."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.py"))
+
+
+def cells_of_script(text):
+    """Pairs of type and source, of a script in jupytext's percent format."""
+    _, *parts = re.split(r"^# %%(?: (\[markdown\]))?\n", text, flags=re.MULTILINE)
+    for marker, source in zip(parts[::2], parts[1::2], strict=True):
+        source = source.strip("\n")
+        if marker:
+            yield "markdown", re.sub("^# ?", "", source, flags=re.MULTILINE)
+        else:
+            yield "code", source
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    from matplotlib import pyplot
+
+    try:
+        runpy.run_path(str(path))
+        assert pyplot.get_fignums()
+    finally:
+        pyplot.close("all")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pair_is_the_same_and_was_run(path):
+    pair = path.with_suffix(".ipynb")
+    assert pair.stat().st_size < 400_000
+    cells = json.loads(pair.read_text(encoding="utf-8"))["cells"]
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    assert found == list(cells_of_script(path.read_text(encoding="utf-8")))
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"])
+    assert not any(output["output_type"] == "error" for cell in code for output in cell["outputs"])
