@@ -373,7 +373,7 @@ class Embedder:
 
         def prepare(found: list) -> Work:
             made = [chunking.read_document(document, chunker, self.tokenizer) for document in found]
-            tokens = self._tokenize([prefix + text for text, _ in made], truncate, size, offsets=True)
+            tokens = self._tokenize([prefix + text for text, _ in made], truncate, offsets=True)
             texts: list[Text] = []
             parts, total = [], 0
             for (_, spans), one in zip(made, tokens, strict=True):
@@ -434,7 +434,7 @@ class Embedder:
             nonlocal first
             prefix = [self._prefix(name) if prompts else "" for _, name in window]
             found = [before + text for before, (text, _) in zip(prefix, window, strict=True)]
-            tokens = self._tokenize(found, truncate, size, first=first)
+            tokens = self._tokenize(found, truncate, first=first)
             task_ids = self.config.task_ids([name for _, name in window])
             made: list[Text] = []
             for index, (one, task_id) in enumerate(zip(tokens, task_ids, strict=True)):
@@ -456,9 +456,7 @@ class Embedder:
     def _compute(self, arrays: Arrays) -> Float[np.ndarray, "B P D"]:
         return np.asarray(self._means(self.variables, *arrays))
 
-    def _tokenize(
-        self, texts: list[str], truncate: Truncate, window: int, *, first: int = 0, offsets: bool = False
-    ) -> list[Tokens]:
+    def _tokenize(self, texts: list[str], truncate: Truncate, *, first: int = 0, offsets: bool = False) -> list[Tokens]:
         """Tokens of each text; a number `first` for messages."""
         limit = self.config.max_tokens
         found = self.tokenizer.encode_batch(texts, limit if truncate is True else None, offsets=offsets)
@@ -552,8 +550,6 @@ def _windows(items: Iterable[Any], characters: int, length: Any) -> Iterator[lis
             if total >= characters or len(window) >= WINDOW_TEXTS:
                 yield window
                 window, total = [], 0
-    except GeneratorExit:
-        raise
     except Exception:
         if window:
             yield window
