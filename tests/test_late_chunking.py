@@ -169,7 +169,7 @@ def test_more_chunks_than_a_row_has_places(embedder):
 def test_usage_counts_windows_and_padding(embedder, document):
     usage = jina_jax.Usage()
     embedder.encode_chunks(document, [(0, 30)], usage=usage)
-    assert (usage.texts, usage.tokens, usage.computed_tokens, usage.batches) == (1, 41, 64, 1)
+    assert (usage.texts, usage.tokens, usage.computed_tokens, usage.batches) == (1, 41, 128, 1)
     assert usage.truncated == usage.cut_tokens == 0
 
 
