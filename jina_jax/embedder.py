@@ -371,16 +371,17 @@ class Embedder:
         prefix = self._prefix(task) if prompts else ""
         task_id = int(self.config.task_ids([task])[0])
 
-        def prepare(found: list) -> Work:
+        def prepare(window: tuple[int, list]) -> Work:
+            first, found = window
             made = [chunking.read_document(document, chunker, self.tokenizer) for document in found]
-            tokens = self._tokenize([prefix + text for text, _ in made], truncate, offsets=True)
+            tokens = self._tokenize([prefix + text for text, _ in made], truncate, first=first, offsets=True)
             texts: list[Text] = []
             parts, total = [], 0
             for (_, spans), one in zip(made, tokens, strict=True):
-                ranges = chunking.token_ranges(one, spans, len(prefix), pool_specials)
-                status = chunking.statuses(one, spans, ranges, len(prefix))
-                texts += _windowed(one.ids, task_id, ranges, total, size, overlap)
-                parts.append((spans, ranges, status, one))
+                taken = chunking.token_ranges(one, spans, len(prefix), pool_specials)
+                status = chunking.statuses(one, spans, taken, len(prefix))
+                texts += _windowed(one.ids, task_id, taken, total, size, overlap)
+                parts.append((spans, taken, status, one))
                 total += len(spans)
             return self._work(parts, texts, total, batch_tokens, pack=True)
 
@@ -389,9 +390,9 @@ class Embedder:
             if usage is not None:
                 _count(usage, [one for *_, one in work.window], work)
             embeddings, start = output(work.vectors), 0
-            for spans, ranges, status, _ in work.window:
+            for spans, taken, status, _ in work.window:
                 stop = start + len(spans)
-                yield Chunks(embeddings[start:stop], spans, ranges[:, 1] - ranges[:, 0], status)
+                yield Chunks(embeddings[start:stop], spans, taken[:, 1] - taken[:, 0], status)
                 start = stop
 
     def warmup(self, *, batch_tokens: int | None = None) -> int:
@@ -428,19 +429,16 @@ class Embedder:
             pairs = zip(texts, itertools.repeat(task), strict=False)
         else:
             pairs = zip(texts, task, strict=True)
-        first = 0
 
-        def prepare(window: list[tuple[str, str | None]]) -> Work:
-            nonlocal first
-            prefix = [self._prefix(name) if prompts else "" for _, name in window]
-            found = [before + text for before, (text, _) in zip(prefix, window, strict=True)]
-            tokens = self._tokenize(found, truncate, first=first)
-            task_ids = self.config.task_ids([name for _, name in window])
+        def prepare(window: tuple[int, list[tuple[str, str | None]]]) -> Work:
+            first, found = window
+            prefixed = [(self._prefix(name) if prompts else "") + text for text, name in found]
+            tokens = self._tokenize(prefixed, truncate, first=first)
+            task_ids = self.config.task_ids([name for _, name in found])
             made: list[Text] = []
             for index, (one, task_id) in enumerate(zip(tokens, task_ids, strict=True)):
                 made += _windowed(one.ids, int(task_id), np.array([[0, len(one.ids)]]), index, size, overlap)
-            first += len(window)
-            return self._work(tokens, made, len(window), batch_tokens, pack)
+            return self._work(tokens, made, len(found), batch_tokens, pack)
 
         windows = _windows(_checked(pairs), characters, lambda pair: len(pair[0]))
         for work in stream(self._compute, prepare, windows, self.tokenizer.pad_id):
@@ -539,23 +537,26 @@ def _windowed(ids: np.ndarray, task: int, ranges: np.ndarray, first: int, size: 
     return texts
 
 
-def _windows(items: Iterable[Any], characters: int, length: Any) -> Iterator[list[Any]]:
-    """Items in lists of about so many characters. What came before an error comes out before it."""
+def _windows(items: Iterable[Any], characters: int, length: Any) -> Iterator[tuple[int, list[Any]]]:
+    """Items in lists of about so many characters, each with the number of its first item.
+
+    What came before an error comes out before it.
+    """
     window: list[Any] = []
-    total = 0
+    first = total = 0
     try:
         for item in items:
             window.append(item)
             total += length(item)
             if total >= characters or len(window) >= WINDOW_TEXTS:
-                yield window
-                window, total = [], 0
+                yield first, window
+                first, window, total = first + len(window), [], 0
     except Exception:
         if window:
-            yield window
+            yield first, window
         raise
     if window:
-        yield window
+        yield first, window
 
 
 def _document_length(document: Any) -> int:

@@ -202,3 +202,11 @@ def test_outputs_in_fewer_bits(embedder, document, goldens):
     found = embedder.encode_chunks(document, goldens["spans"], dimensions=32, precision="ubinary")
     exact = embedder.encode_chunks(document, goldens["spans"], dimensions=32)
     np.testing.assert_array_equal(found.embeddings, np.packbits(exact.embeddings > 0, axis=1))
+
+
+def test_positions_of_documents_in_errors_count_on(data, goldens, monkeypatch):
+    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 2)
+    embedder = load(data, goldens, max_position_embeddings=34)
+    documents = [(spell([7]), [(0, 1)])] * 5 + [(spell([7] * 60), [(0, 60)])]
+    with pytest.raises(ValueError, match="text 5 has 71 tokens"):
+        list(embedder.encode_documents(documents, truncate="error"))

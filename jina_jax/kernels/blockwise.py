@@ -70,9 +70,7 @@ def forward(inputs: Inputs, dtype: Any) -> tuple[Float[Array, "B T D"], Float[Ar
 
 def _pairs(inputs: Inputs, plan: Plan) -> Array:
     """Pairs of blocks that would be computed for each row."""
-    *_, q_segments, k_segments = _prepare(inputs, plan)
-    query, key = (_block_size(x.shape[1], limit) for x, limit in ((inputs.q, plan.query), (inputs.k, plan.key)))
-    first, last = _ranges(q_segments, k_segments, query, key)
+    first, last = _ranges(*_segments(inputs, plan), *_sizes(inputs, plan))
     return jnp.sum(last - first)
 
 
@@ -80,7 +78,7 @@ def _forward(inputs: Inputs, dtype: Any, plan: Plan) -> tuple[Float[Array, "B T 
     """`forward` with one plan."""
     q, k, v, q_segments, k_segments = _prepare(inputs, plan)
     (B, N, _, H), T = q.shape, inputs.q.shape[1]
-    sizes = _block_size(T, plan.query), _block_size(inputs.k.shape[1], plan.key)
+    sizes = _sizes(inputs, plan)
     if not plan.by_head:
         out, logsumexp = _blocks(inputs, (q, k, v), q_segments, k_segments, sizes)
     else:
@@ -154,7 +152,7 @@ def backward(
     T, S, rope, rate = inputs.q.shape[1], inputs.k.shape[1], inputs.rope, inputs.rate
     plan = MEDIUM if max(T, S) <= LONG else Plan(256, 256)
     q, k, v, q_segments, k_segments = _prepare(inputs, plan)
-    H, query, key = q.shape[3], _block_size(T, plan.query), _block_size(S, plan.key)
+    H, (query, key) = q.shape[3], _sizes(inputs, plan)
     first, last = _ranges(k_segments, q_segments, key, query)
     out, d_out = (_fill(_by_head(x, inputs.heads, inputs.q_segments), query) for x in (out, d_out))
     # The softmax's Jacobian needs sum_s p_s dp_s for every query, which equals out . d_out, dropout included.
@@ -198,15 +196,23 @@ def backward(
 
 def _prepare(inputs: Inputs, plan: Plan) -> tuple[Array, Array, Array, Array, Array]:
     """Queries, keys and values [B, N, T, H], rotated, with clean padding, in whole blocks; and the segments."""
-    inputs = inputs.rotated()
-    q_segments, k_segments = (
-        jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
-        for x, segments in ((inputs.q, inputs.q_segments), (inputs.k, inputs.k_segments))
-    )
-    query, key = _block_size(inputs.q.shape[1], plan.query), _block_size(inputs.k.shape[1], plan.key)
+    inputs, (query, key) = inputs.rotated(), _sizes(inputs, plan)
     q = _fill(_by_head(inputs.q, inputs.heads, inputs.q_segments), query)
     k, v = (_fill(_by_head(x, inputs.heads, inputs.k_segments), key) for x in (inputs.k, inputs.v))
-    return q, k, v, _fill(q_segments, query, axis=1), _fill(k_segments, key, axis=1)
+    return q, k, v, *_segments(inputs, plan)
+
+
+def _segments(inputs: Inputs, plan: Plan) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """Segments of queries and keys, in whole blocks."""
+    sides = ((inputs.q, inputs.q_segments), (inputs.k, inputs.k_segments))
+    found = (jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments for x, segments in sides)
+    query, key = (_fill(x, size, axis=1) for x, size in zip(found, _sizes(inputs, plan), strict=True))
+    return query, key
+
+
+def _sizes(inputs: Inputs, plan: Plan) -> tuple[int, int]:
+    """Queries and keys in a block."""
+    return _block_size(inputs.q.shape[1], plan.query), _block_size(inputs.k.shape[1], plan.key)
 
 
 def _by_head(x: Array, heads: int, segments: Array | None) -> Float[Array, "B N T H"]:
