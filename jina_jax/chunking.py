@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jina_jax.batching import Text, row_places
 from jina_jax.tokenizer import Tokenizer, Tokens
 
 # Characters of a text, from the first to the one after the last.
@@ -262,3 +263,31 @@ def windows(length: int, size: int, overlap: int) -> list[Window]:
         start = found[-1].start + size - overlap
         found.append(Window(start, min(start + size, length), start + overlap))
     return found
+
+
+def cut(ids: np.ndarray, task: int, ranges: np.ndarray, first: int, size: int, overlap: int) -> list[Text]:
+    """A document in windows, and the parts of its means that lie in each.
+
+    Args:
+        ids: Its token ids.
+        task: Its adapter.
+        ranges: First token and the one after the last of each mean, int [C, 2].
+        first: Number of the vector of the first mean.
+        size: Tokens of a window.
+        overlap: Tokens that windows share.
+
+    Returns:
+        A text for each window; two or more for one with more means than a row has places.
+    """
+    most = row_places(size)
+    texts = []
+    for start, stop, taken in windows(len(ids), size, overlap):
+        low, high = np.maximum(ranges[:, 0], taken), np.minimum(ranges[:, 1], stop)
+        here = np.flatnonzero(low < high)
+        spans = np.stack([low[here], high[here]], axis=1) - start
+        shares = ((high - low)[here] / np.maximum(ranges[here, 1] - ranges[here, 0], 1)).astype(np.float32)
+        texts += [
+            Text(ids[start:stop], task, spans[i : i + most], first + here[i : i + most], shares[i : i + most])
+            for i in range(0, len(here), most)
+        ]
+    return texts

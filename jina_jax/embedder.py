@@ -16,22 +16,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from jina_jax import batching, checkpoint, chunking, hub, pooling, quantization
+from jina_jax import batching, checkpoint, chunking, hub, pipeline, pooling, quantization
 from jina_jax.batching import Arrays, Text
 from jina_jax.chunking import Chunker, Given
 from jina_jax.config import Config
 from jina_jax.model import Model
-from jina_jax.pipeline import Work, stream
+from jina_jax.pipeline import Window, Work
 from jina_jax.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 # Tokens computed at once. A CPU is fastest while the activations of a batch stay in its caches.
 BATCH_TOKENS = {"cpu": 1024}
 BATCH_TOKENS_ACCELERATOR = 32_768
-# A window of texts is packed together: so many characters for each token computed at once, or so many texts.
-WINDOW_CHARACTERS, WINDOW_TEXTS = 128, 4096
+# Characters of a window of texts, which are packed together, for each token computed at once.
+WINDOW_CHARACTERS = 128
 OVERLAP = 256
 
 Truncate = bool | Literal["error"]
+Document = str | tuple[str | None, Given | None]
 
 
 @dataclass
@@ -206,7 +207,14 @@ class Embedder:
         results: np.ndarray = output(np.zeros((0, self.config.hidden_size), np.float32))
         results = np.empty((len(texts), *results.shape[1:]), results.dtype)
         done = 0
-        works = self._texts(texts, task, prompts, truncate, batch_tokens, pack, usage)
+        works = self._texts(
+            [self._with_tasks(texts, task)],
+            prompts=prompts,
+            truncate=truncate,
+            batch_tokens=batch_tokens,
+            pack=pack,
+            usage=usage,
+        )
         with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for work in works:
                 count = len(work.vectors)
@@ -255,7 +263,15 @@ class Embedder:
             ValueError: As in `encode`.
         """
         output = self._output(dimensions, normalize, precision, ranges)
-        for work in self._texts(texts, task, prompts, truncate, batch_tokens, pack, usage):
+        works = self._texts(
+            [self._with_tasks(texts, task)],
+            prompts=prompts,
+            truncate=truncate,
+            batch_tokens=batch_tokens,
+            pack=pack,
+            usage=usage,
+        )
+        for work in works:
             yield from output(work.vectors)
 
     def encode_chunks(
@@ -325,10 +341,10 @@ class Embedder:
 
     def encode_documents(
         self,
-        documents: Iterable[str | tuple[str | None, Given | None]],
+        documents: Iterable[Document],
         *,
         chunker: Chunker | None = None,
-        task: str | None = "retrieval.passage",
+        task: str | Iterable[str | None] | None = "retrieval.passage",
         dimensions: int | None = None,
         normalize: bool = True,
         precision: str = "float32",
@@ -347,7 +363,7 @@ class Embedder:
             documents: Documents, which need a chunker, or pairs of a document and its chunks, each as in
                 `encode_chunks`.
             chunker: As in `encode_chunks`, for documents without chunks.
-            task: As in `encode_chunks`.
+            task: The task of all documents, or as many as documents.
             dimensions: As in `encode`.
             normalize: As in `encode`.
             precision: As in `encode`.
@@ -367,33 +383,103 @@ class Embedder:
             ValueError: As in `encode_chunks`.
         """
         output = self._output(dimensions, normalize, precision, ranges)
-        size, overlap = self._window(window, overlap)
-        prefix = self._prefix(task) if prompts else ""
-        task_id = int(self.config.task_ids([task])[0])
+        works = self._documents(
+            [((*_with_chunks(item), name) for item, name in self._with_tasks(documents, task))],
+            chunker=chunker,
+            prompts=prompts,
+            pool_specials=pool_specials,
+            truncate=truncate,
+            window=window,
+            overlap=overlap,
+            batch_tokens=batch_tokens,
+            usage=usage,
+        )
+        for work in works:
+            yield from _chunks(work, output)
 
-        def prepare(window: tuple[int, list]) -> Work:
-            first, found = window
-            made = [chunking.read_document(document, chunker, self.tokenizer) for document in found]
-            tokens = self._tokenize([prefix + text for text, _ in made], truncate, first=first, offsets=True)
-            texts: list[Text] = []
-            parts, total = [], 0
-            for (_, spans), one in zip(made, tokens, strict=True):
-                taken = chunking.token_ranges(one, spans, len(prefix), pool_specials)
-                status = chunking.statuses(one, spans, taken, len(prefix))
-                texts += _windowed(one.ids, task_id, taken, total, size, overlap)
-                parts.append((spans, taken, status, one))
-                total += len(spans)
-            return self._work(parts, texts, total, batch_tokens, pack=True)
+    def encode_groups(
+        self,
+        groups: Iterable[Iterable[str | tuple[str, str | None]]],
+        *,
+        task: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """Embed groups of texts, such as the shards of a corpus, each as if there were no other.
 
-        windows = _windows(documents, self._window_characters(batch_tokens), _document_length)
-        for work in stream(self._compute, prepare, windows, self.tokenizer.pad_id):
-            if usage is not None:
-                _count(usage, [one for *_, one in work.window], work)
-            embeddings, start = output(work.vectors), 0
-            for spans, taken, status, _ in work.window:
-                stop = start + len(spans)
-                yield Chunks(embeddings[start:stop], spans, taken[:, 1] - taken[:, 0], status)
-                start = stop
+        No text shares a batch with one of another group, so the last bits of a group's embeddings depend on the group
+        alone. The next group is read and tokenised while one is computed.
+
+        Args:
+            groups: Groups of texts, or of pairs of a text and its task.
+            task: The task of texts that come without one.
+            dimensions: As in `encode`.
+            normalize: As in `encode`.
+            precision: As in `encode`.
+            ranges: As in `encode`.
+            **options: `prompts`, `truncate`, `batch_tokens`, `pack` and `usage` of `encode_stream`.
+
+        Yields:
+            The embeddings [n, E] of each group, in order.
+
+        Raises:
+            TypeError: As in `encode`; positions count within the group.
+            ValueError: As in `encode`.
+        """
+        output = self._output(dimensions, normalize, precision, ranges)
+        self.config.task_ids([task])
+        pairs = (((item, task) if isinstance(item, str) else item for item in group) for group in groups)
+        found: list[np.ndarray] = []
+        for work in self._texts(pairs, **options):
+            found.append(output(work.vectors))
+            if work.ends:
+                yield np.concatenate(found)
+                found = []
+
+    def encode_document_groups(
+        self,
+        groups: Iterable[Iterable[Document | tuple[str | None, Given | None, str | None]]],
+        *,
+        task: str | None = "retrieval.passage",
+        dimensions: int | None = None,
+        normalize: bool = True,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+        **options: Any,
+    ) -> Iterator[list[Chunks]]:
+        """`encode_groups` for documents.
+
+        Args:
+            groups: Groups of documents as in `encode_documents`, or with a task as third part.
+            task: The task of documents that come without one.
+            dimensions: As in `encode`.
+            normalize: As in `encode`.
+            precision: As in `encode`.
+            ranges: As in `encode`.
+            **options: `chunker`, `prompts`, `pool_specials`, `truncate`, `window`, `overlap`, `batch_tokens` and
+                `usage` of `encode_documents`.
+
+        Yields:
+            The chunks of the documents of each group, in order.
+
+        Raises:
+            ValueError: As in `encode_documents`.
+        """
+        output = self._output(dimensions, normalize, precision, ranges)
+        self.config.task_ids([task])
+
+        def triple(item: Any) -> tuple[str | None, Given | None, str | None]:
+            return item if len(item) == 3 and not isinstance(item, str) else (*_with_chunks(item), task)
+
+        found: list[Chunks] = []
+        for work in self._documents((map(triple, group) for group in groups), **options):
+            found += _chunks(work, output)
+            if work.ends:
+                yield found
+                found = []
 
     def warmup(self, *, batch_tokens: int | None = None) -> int:
         """Compile every program that texts can need, so that no later call has to wait for one.
@@ -412,44 +498,85 @@ class Embedder:
 
     def _texts(
         self,
-        texts: Iterable[str],
-        task: str | Iterable[str | None] | None,
-        prompts: bool,
-        truncate: Truncate,
-        batch_tokens: int | None,
-        pack: bool,
-        usage: Usage | None,
+        groups: Iterable[Iterable[tuple[str, str | None]]],
+        *,
+        prompts: bool = True,
+        truncate: Truncate = True,
+        batch_tokens: int | None = None,
+        pack: bool = True,
+        usage: Usage | None = None,
     ) -> Iterator[Work]:
-        """The means of windows of texts, in order."""
+        """The means of windows of texts, in order. Groups hold pairs of a text and its task."""
         size, overlap = self._window(None, None)
-        characters = self._window_characters(batch_tokens)
-        pairs: Iterable[tuple[str, str | None]]
-        if task is None or isinstance(task, str):
-            self.config.task_ids([task])
-            pairs = zip(texts, itertools.repeat(task), strict=False)
-        else:
-            pairs = zip(texts, task, strict=True)
 
-        def prepare(window: tuple[int, list[tuple[str, str | None]]]) -> Work:
-            first, found = window
-            prefixed = [(self._prefix(name) if prompts else "") + text for text, name in found]
-            tokens = self._tokenize(prefixed, truncate, first=first)
-            task_ids = self.config.task_ids([name for _, name in found])
+        def prepare(window: Window[tuple[str, str | None]]) -> Work:
+            prefixed = [(self._prefix(name) if prompts else "") + text for text, name in window.items]
+            tokens = self._tokenize(prefixed, truncate, first=window.first)
+            task_ids = self.config.task_ids([name for _, name in window.items])
             made: list[Text] = []
             for index, (one, task_id) in enumerate(zip(tokens, task_ids, strict=True)):
-                made += _windowed(one.ids, int(task_id), np.array([[0, len(one.ids)]]), index, size, overlap)
-            return self._work(tokens, made, len(found), batch_tokens, pack)
+                made += chunking.cut(one.ids, int(task_id), np.array([[0, len(one.ids)]]), index, size, overlap)
+            return self._work(tokens, made, len(tokens), batch_tokens, pack)
 
-        windows = _windows(_checked(pairs), characters, lambda pair: len(pair[0]))
-        for work in stream(self._compute, prepare, windows, self.tokenizer.pad_id):
+        windows = pipeline.windows(
+            map(_checked, groups), self._window_characters(batch_tokens), lambda pair: len(pair[0])
+        )
+        for work in pipeline.stream(self._compute, prepare, windows, self.tokenizer.pad_id):
             if usage is not None:
-                _count(usage, work.window, work)
+                _count(usage, work.made, work)
             yield work
 
-    def _work(self, window: Any, texts: list[Text], count: int, batch_tokens: int | None, pack: bool) -> Work:
+    def _documents(
+        self,
+        groups: Iterable[Iterable[tuple[str | None, Given | None, str | None]]],
+        *,
+        chunker: Chunker | None = None,
+        prompts: bool = True,
+        pool_specials: bool = True,
+        truncate: Truncate = False,
+        window: int | None = None,
+        overlap: int | None = None,
+        batch_tokens: int | None = None,
+        usage: Usage | None = None,
+    ) -> Iterator[Work]:
+        """The means of the chunks of windows of documents, in order. Groups hold documents, chunks and tasks."""
+        size, overlap = self._window(window, overlap)
+
+        def prepare(window: Window[tuple[str | None, Given | None, str | None]]) -> Work:
+            made = [chunking.read_document((text, given), chunker, self.tokenizer) for text, given, _ in window.items]
+            prefixes = [self._prefix(name) if prompts else "" for *_, name in window.items]
+            prefixed = [prefix + text for prefix, (text, _) in zip(prefixes, made, strict=True)]
+            tokens = self._tokenize(prefixed, truncate, first=window.first, offsets=True)
+            task_ids = self.config.task_ids([name for *_, name in window.items])
+            texts: list[Text] = []
+            parts, total = [], 0
+            for (_, spans), prefix, one, task_id in zip(made, prefixes, tokens, task_ids, strict=True):
+                taken = chunking.token_ranges(one, spans, len(prefix), pool_specials)
+                status = chunking.statuses(one, spans, taken, len(prefix))
+                texts += chunking.cut(one.ids, int(task_id), taken, total, size, overlap)
+                parts.append((spans, taken, status, one))
+                total += len(spans)
+            return self._work(parts, texts, total, batch_tokens, pack=True)
+
+        windows = pipeline.windows(groups, self._window_characters(batch_tokens), _document_length)
+        for work in pipeline.stream(self._compute, prepare, windows, self.tokenizer.pad_id):
+            if usage is not None:
+                _count(usage, [one for *_, one in work.made], work)
+            yield work
+
+    def _with_tasks(self, items: Iterable[Any], task: str | Iterable[str | None] | None) -> Iterator[tuple]:
+        """Each item with the task that it has alone, or all have."""
+        if task is None or isinstance(task, str):
+            self.config.task_ids([task])
+            pairs = zip(items, itertools.repeat(task), strict=False)
+        else:
+            pairs = zip(items, task, strict=True)
+        return pairs
+
+    def _work(self, made: list, texts: list[Text], count: int, batch_tokens: int | None, pack: bool) -> Work:
         arrange = batching.pack if pack else batching.bucket
         batches = arrange(texts, self.config.max_tokens, self._batch_tokens(batch_tokens))
-        return Work(window, texts, batches, np.zeros((count, self.config.hidden_size), np.float32))
+        return Work(made, texts, batches, np.zeros((count, self.config.hidden_size), np.float32))
 
     def _compute(self, arrays: Arrays) -> Float[np.ndarray, "B P D"]:
         return np.asarray(self._means(self.variables, *arrays))
@@ -509,59 +636,23 @@ def _means(
     return pooling.mean_pool_spans(output.hidden, spans)
 
 
-def _windowed(ids: np.ndarray, task: int, ranges: np.ndarray, first: int, size: int, overlap: int) -> list[Text]:
-    """A document in windows, and the parts of its means that lie in each.
-
-    Args:
-        ids: Its token ids.
-        task: Its adapter.
-        ranges: First token and the one after the last of each mean, int [C, 2].
-        first: Number of the vector of the first mean.
-        size: Tokens of a window.
-        overlap: Tokens that windows share.
-
-    Returns:
-        A text for each window; two or more for one with more means than a row has places.
-    """
-    most = batching.row_places(size)
-    texts = []
-    for start, stop, taken in chunking.windows(len(ids), size, overlap):
-        low, high = np.maximum(ranges[:, 0], taken), np.minimum(ranges[:, 1], stop)
-        here = np.flatnonzero(low < high)
-        spans = np.stack([low[here], high[here]], axis=1) - start
-        shares = ((high - low)[here] / np.maximum(ranges[here, 1] - ranges[here, 0], 1)).astype(np.float32)
-        texts += [
-            Text(ids[start:stop], task, spans[i : i + most], first + here[i : i + most], shares[i : i + most])
-            for i in range(0, len(here), most)
-        ]
-    return texts
+def _chunks(work: Work, output: _Output) -> Iterator[Chunks]:
+    """The chunks of each document of a window."""
+    embeddings, start = output(work.vectors), 0
+    for spans, taken, status, _ in work.made:
+        stop = start + len(spans)
+        yield Chunks(embeddings[start:stop], spans, taken[:, 1] - taken[:, 0], status)
+        start = stop
 
 
-def _windows(items: Iterable[Any], characters: int, length: Any) -> Iterator[tuple[int, list[Any]]]:
-    """Items in lists of about so many characters, each with the number of its first item.
-
-    What came before an error comes out before it.
-    """
-    window: list[Any] = []
-    first = total = 0
-    try:
-        for item in items:
-            window.append(item)
-            total += length(item)
-            if total >= characters or len(window) >= WINDOW_TEXTS:
-                yield first, window
-                first, window, total = first + len(window), [], 0
-    except Exception:
-        if window:
-            yield first, window
-        raise
-    if window:
-        yield first, window
+def _with_chunks(document: Document) -> tuple[str | None, Given | None]:
+    """A document and its chunks, where it has any."""
+    return (document, None) if isinstance(document, str) else document
 
 
-def _document_length(document: Any) -> int:
+def _document_length(document: tuple) -> int:
     """Characters of a document, roughly."""
-    text, chunks = (document, None) if isinstance(document, str) else document
+    text, chunks, _ = document
     return len(text) if text is not None else sum(map(len, chunks or ()))
 
 

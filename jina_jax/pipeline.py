@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -18,29 +18,78 @@ from jina_jax import batching
 from jina_jax.batching import Arrays, Batch, Text
 
 AT_ONCE = 2  # batches
+WINDOW_TEXTS = 4096
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False)
+class Window(Generic[T]):
+    """Texts, or documents, that are packed together.
+
+    Attributes:
+        items: What was read of each.
+        first: Number of the first of them in its group.
+        ends: Whether the group ends with them.
+    """
+
+    items: list[T]
+    first: int
+    ends: bool
+
+
 @dataclass(eq=False)
-class Work(Generic[T]):
+class Work:
     """A window of texts, ready to be computed.
 
     Attributes:
-        window: What it was made from.
+        made: What was made of each item, for whoever takes the results.
         texts: Its texts.
         batches: Their batches.
         vectors: Results, float32 [n, D], whole when the work comes out of `stream`.
+        ends: Whether a group ends with it.
     """
 
-    window: T
+    made: list[Any]
     texts: list[Text]
     batches: list[Batch]
     vectors: np.ndarray
+    ends: bool = False
+
+
+def windows(groups: Iterable[Iterable[T]], characters: int, length: Callable[[T], int]) -> Iterator[Window[T]]:
+    """Cut groups of texts into windows; none holds texts of two groups.
+
+    Args:
+        groups: The groups.
+        characters: Characters of a window, roughly; it has at most 4096 texts, too.
+        length: Characters of an item.
+
+    Yields:
+        Windows in order. What came before an error in a group comes out before it.
+    """
+    for group in groups:
+        items: list[T] = []
+        first = total = 0
+        try:
+            for item in group:
+                if total >= characters or len(items) >= WINDOW_TEXTS:
+                    yield Window(items, first, ends=False)
+                    first, items, total = first + len(items), [], 0
+                items.append(item)
+                total += length(item)
+        except Exception:
+            if items:
+                yield Window(items, first, ends=False)
+            raise
+        yield Window(items, first, ends=True)
 
 
 def stream(
-    compute: Callable[[Arrays], np.ndarray], prepare: Callable[[T], Work], windows: Iterable[T], pad_id: int
+    compute: Callable[[Arrays], np.ndarray],
+    prepare: Callable[[Window[T]], Work],
+    windows: Iterable[Window[T]],
+    pad_id: int,
 ) -> Iterator[Work]:
     """Compute windows one after the other.
 
@@ -86,9 +135,15 @@ def stream(
         threads.shutdown(cancel_futures=True)
 
 
-def _ahead(prepare: Callable[[T], Work], windows: Iterable[T]) -> Generator[Work, None, None]:
+def _ahead(prepare: Callable[[Window[T]], Work], windows: Iterable[Window[T]]) -> Generator[Work, None, None]:
     """Works in order, each prepared while the one before is computed."""
     error, ahead = None, deque[Future]()
+
+    def prepared(window: Window[T]) -> Work:
+        work = prepare(window)
+        work.ends = window.ends
+        return work
+
     with ThreadPoolExecutor(1, "jina_jax-prepare") as thread:
         try:
             source = iter(windows)
@@ -100,7 +155,7 @@ def _ahead(prepare: Callable[[T], Work], windows: Iterable[T]) -> Generator[Work
                 except Exception as found:  # told after what came before it has been computed
                     error = found
                     break
-                ahead.append(thread.submit(prepare, window))
+                ahead.append(thread.submit(prepared, window))
                 if len(ahead) > 1:
                     yield ahead.popleft().result()
             while ahead:

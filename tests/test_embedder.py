@@ -196,7 +196,7 @@ def test_truncation_can_be_refused(embedder):
 
 
 def test_positions_of_texts_in_errors_count_on(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 10)
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 10)
     texts = ["of"] * 25 + [" ".join(["of"] * 200)]
     with pytest.raises(ValueError, match="text 25 has 202 tokens"):
         embedder.encode(texts, truncate="error")

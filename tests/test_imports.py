@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "tensors": {"config", "layouts", "lora"},
     "peft": {"config", "layouts", "lora", "tensors"},
     "checkpoint": {"config", "hub", "layouts", "lora", "model", "peft", "tensors"},
-    "chunking": {"tokenizer"},
+    "chunking": {"batching", "tokenizer"},
     "quantization": set(),
     "pipeline": {"batching"},
     "embedder": {

@@ -205,7 +205,7 @@ def test_outputs_in_fewer_bits(embedder, document, goldens):
 
 
 def test_positions_of_documents_in_errors_count_on(data, goldens, monkeypatch):
-    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 2)
     embedder = load(data, goldens, max_position_embeddings=34)
     documents = [(spell([7]), [(0, 1)])] * 5 + [(spell([7] * 60), [(0, 60)])]
     with pytest.raises(ValueError, match="text 5 has 71 tokens"):

@@ -74,7 +74,7 @@ def test_packed_bucketed_streamed_and_alone(long_embedder, lengths, seed):
 
 
 def test_a_stream_reads_ahead_only_so_far(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 10)
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 10)
     read = 0
 
     def texts():
@@ -93,13 +93,13 @@ def test_a_stream_reads_ahead_only_so_far(embedder, monkeypatch):
 def test_order_is_kept_over_windows(embedder, monkeypatch):
     texts = draw_texts(95)
     expected = embedder.encode(texts)
-    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 10)
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 10)
     assert_close(np.stack(list(embedder.encode_stream(texts))), expected, EMBEDDING)
     assert_close(embedder.encode(texts), expected, EMBEDDING)
 
 
 def test_what_came_before_an_error_comes_out(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 10)
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 10)
     texts = draw_texts(34)
 
     def failing():
@@ -114,7 +114,7 @@ def test_what_came_before_an_error_comes_out(embedder, monkeypatch):
 
 
 def test_a_text_that_is_too_long_or_none_is_told_after_those_before(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 10)
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 10)
     found = []
     with pytest.raises(ValueError, match="text 20 has"):
         drain(embedder.encode_stream([*draw_texts(20), "of " * 500], truncate="error"), found)
@@ -129,7 +129,7 @@ def test_another_number_of_tasks(embedder):
 
 
 def test_a_stream_that_is_left_leaves_no_thread(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.embedder.WINDOW_TEXTS", 10)
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 10)
     before = threading.active_count()
     stream = embedder.encode_stream(itertools.repeat("a text"))
     next(stream)
@@ -171,3 +171,42 @@ def test_warmup_compiles_everything_that_texts_need(embedder):
     for seed in range(10):
         fresh.encode(draw_texts(int(rng.integers(1, 60)), seed, longest=80))
     assert fresh._means._cache_size() == 2
+
+
+def test_groups_of_texts_do_not_know_of_each_other(embedder, monkeypatch):
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 10)
+    texts = draw_texts(57)
+    groups = [texts[:23], [], texts[23:24], [(text, "text-matching") for text in texts[24:]]]
+    found = list(embedder.encode_groups(map(iter, groups), dimensions=8))
+    assert [len(one) for one in found] == [23, 0, 1, 33]
+    tasks = [None] * 24 + ["text-matching"] * 33
+    assert_close(np.concatenate(found), embedder.encode(texts, task=tasks, dimensions=8), EMBEDDING)
+    for group, one in zip(groups, found, strict=True):  # bit for bit, whatever came before
+        [alone] = embedder.encode_groups([group], dimensions=8)
+        np.testing.assert_array_equal(alone, one)
+
+
+def test_a_group_is_not_held_before_it_is_needed(embedder, monkeypatch):
+    monkeypatch.setattr("jina_jax.pipeline.WINDOW_TEXTS", 4)
+    read = []
+
+    def group(number):
+        for text in draw_texts(8):
+            read.append(number)
+            yield text
+
+    results = embedder.encode_groups(group(number) for number in range(50))
+    next(results)
+    assert max(read) <= 2
+    results.close()
+
+
+def test_groups_of_documents(embedder):
+    texts = [" ".join(draw_texts(5, seed)) for seed in range(4)]
+    groups = [[texts[0], (texts[1], None)], [], [(texts[2], None, "separation"), texts[3]]]
+    found = list(embedder.encode_document_groups(groups, task=None, chunker=16))
+    assert [len(group) for group in found] == [2, 0, 2]
+    expected = list(embedder.encode_documents(texts, task=[None, None, "separation", None], chunker=16))
+    for index, one in ((0, found[0][0]), (1, found[0][1]), (2, found[2][0]), (3, found[2][1])):
+        assert_close(one.embeddings, expected[index].embeddings, EMBEDDING)
+        np.testing.assert_array_equal(one.spans, expected[index].spans)
