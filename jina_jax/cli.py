@@ -1,4 +1,4 @@
-"""The command line: `jina-jax embed`, `jina-jax bench` and `jina-jax info`.
+"""The command line: `jina-jax embed`, `jina-jax embed-corpus`, `jina-jax bench` and `jina-jax info`.
 
 Exit codes: 0 done; 2 a mistake in what the user gave; 1 anything else that went wrong, such as a damaged checkpoint or
 a full disk; 130 interrupted; 141 nobody reads the output any more. Errors are short, without a traceback;
@@ -12,10 +12,11 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +42,16 @@ NOTES = """environment:
   JINA_JAX_DEBUG   1 shows the traceback of an error
 
 exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 interrupted
+"""
+CORPUS = """Embed a corpus of any size into Parquet files DIR/shards/*.parquet with columns "id" and "embedding".
+With --chunks, a row for each chunk, with "chunk", "start", "end" and "status" too. A run that was killed goes on with
+--resume; --verify alone checks a directory."""
+CORPUS_EXAMPLES = """examples:
+  jina-jax embed-corpus corpus.jsonl.gz --output embedded --task retrieval.passage
+  jina-jax embed-corpus s3://bucket/parquet/ --output s3://bucket/embedded --id-column url --precision float16 --resume
+  jina-jax embed-corpus texts/*.parquet --output embedded --num-processes 4 --process-id 0   # and 1, 2, 3 elsewhere
+  jina-jax embed-corpus --output embedded --verify
+
 """
 EXAMPLES = """examples:
   jina-jax embed "Hello" "Hallo" --similarity
@@ -88,6 +99,12 @@ def _switch(parser: argparse.ArgumentParser, flag: str, help: str, default: bool
 def _positive(value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of at least 1")
+    return int(value)
+
+
+def _whole(value: str) -> int:
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of at least 0")
     return int(value)
 
 
@@ -140,30 +157,39 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         help="a text; - for the lines of standard input; FILE.txt (a text on every line, empty ones included); "
         'FILE.jsonl (a string or {"text": ..., "id": ..., "task": ...} on every line); also .txt.gz and .jsonl.gz',
     )
-    _option(embed, "--model", f"directory, name on the hub such as {hub.REAL_MODEL}, or mini (default)", metavar="NAME")
-    _option(embed, "--revision", "branch, tag or commit on the hub", metavar="NAME")
-    _option(embed, "--task", "task of texts that name none; without one, no adapter and no prompt", metavar="NAME")
-    _switch(embed, "--prompts", "put the task's prompt before each text", default=True)
-    _option(embed, "--dimensions", "numbers to keep of each embedding", type=_positive, metavar="N")
-    _switch(embed, "--normalize", "scale embeddings to unit length", default=True)
-    _option(
-        embed,
-        "--dtype",
-        "float32 (default, exact) or bfloat16",
-        type=_one_of(DTYPES),
-        default="float32",
-        metavar="TYPE",
-    )
-    batch = "tokens computed at once, padding included (default: 1024 on a CPU, else 32768)"
-    _option(embed, "--batch-tokens", batch, type=_positive, metavar="N")
-    long = "texts that are too long: cut (default), error, or windows (embed all of it in parts that overlap)"
-    _option(embed, "--long", long, type=_one_of(tuple(LONG)), default="cut", metavar="HOW")
-    chunks = "late chunking: an embedding for each sentence (sentences) or for each N tokens"
-    _option(embed, "--chunks", chunks, type=_chunker, metavar="sentences|N")
-    precision = {"type": _one_of(PRECISIONS), "default": "float32", "metavar": "TYPE"}
-    _option(embed, "--precision", f"type of the numbers: {', '.join(PRECISIONS)}", **precision)
+    _encoding_options(embed)
     _option(embed, "--output", "write to this file, .jsonl or .npy, rather than stdout", type=_output, metavar="FILE")
     _switch(embed, "--similarity", "print a table of cosine similarities", default=False)
+
+    corpus = commands.add_parser(
+        "embed-corpus",
+        help="embed a corpus of any size into Parquet",
+        description=CORPUS,
+        epilog=CORPUS_EXAMPLES + NOTES,
+        formatter_class=raw,
+    )
+    corpus.set_defaults(run=_embed_corpus)
+    formats = ".parquet, .jsonl, .txt (a text on every line), the last two also with .gz or .zst"
+    corpus.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help=f"files ({formats}), directories of them, directories of Hugging Face data sets (save_to_disk), globs, or "
+        "URLs such as s3://...",
+    )
+    _option(corpus, "--output", "directory or URL to write to", metavar="DIR")
+    _option(corpus, "--text-column", "column, or key, of the text (default: text)", default="text", metavar="NAME")
+    ids = "of the id, a string or whole number (default: id, where there is one; otherwise ids are INPUT:ROW)"
+    _option(corpus, "--id-column", ids, metavar="NAME")
+    _option(corpus, "--task-column", "of the task of each row (default: task, where there is one)", metavar="NAME")
+    _encoding_options(corpus)
+    _option(corpus, "--ranges", "for int8: least and largest value of each dimension, [2, E]", metavar="FILE.npy")
+    _option(corpus, "--shard-rows", "rows of a shard (default: 8192)", type=_positive, default=8192, metavar="N")
+    _switch(corpus, "--resume", "finish a run that was interrupted", default=False)
+    _switch(corpus, "--verify", "check that all is there and whole, after the run or, without INPUT, alone", False)
+    _option(corpus, "--coordinator", "process 0, if not told by the cluster", metavar="HOST:PORT")
+    _option(corpus, "--num-processes", "processes that share the work", type=_positive, metavar="N")
+    _option(corpus, "--process-id", "number of this one, from 0", type=_whole, metavar="I")
 
     bench = commands.add_parser(
         "bench", help="measure speed", description="Measure how fast a model embeds here, by length of text."
@@ -185,7 +211,28 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     info.add_argument("model", nargs="?", default=model, help="as for embed --model [env: JINA_JAX_MODEL]")
     _option(info, "--revision", "branch, tag or commit on the hub", metavar="NAME")
     info.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"embed": embed, "bench": bench, "info": info}
+    return parser, {"embed": embed, "embed-corpus": corpus, "bench": bench, "info": info}
+
+
+def _encoding_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that embeds texts: the model, and what becomes of a text."""
+    model = f"directory, name on the hub such as {hub.REAL_MODEL}, or mini (default)"
+    _option(parser, "--model", model, metavar="NAME")
+    _option(parser, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    _option(parser, "--task", "task of texts that name none; without one, no adapter and no prompt", metavar="NAME")
+    _switch(parser, "--prompts", "put the task's prompt before each text", default=True)
+    _option(parser, "--dimensions", "numbers to keep of each embedding", type=_positive, metavar="N")
+    _switch(parser, "--normalize", "scale embeddings to unit length", default=True)
+    dtype = {"type": _one_of(DTYPES), "default": "float32", "metavar": "TYPE"}
+    _option(parser, "--dtype", "float32 (default, exact) or bfloat16", **dtype)
+    batch = "tokens computed at once, padding included (default: 1024 on a CPU, else 32768)"
+    _option(parser, "--batch-tokens", batch, type=_positive, metavar="N")
+    long = "texts that are too long: cut (default), error, or windows (embed all of it in parts that overlap)"
+    _option(parser, "--long", long, type=_one_of(tuple(LONG)), default="cut", metavar="HOW")
+    chunks = "late chunking: an embedding for each sentence (sentences) or for each N tokens"
+    _option(parser, "--chunks", chunks, type=_chunker, metavar="sentences|N")
+    precision = {"type": _one_of(PRECISIONS), "default": "float32", "metavar": "TYPE"}
+    _option(parser, "--precision", f"type of the numbers: {', '.join(PRECISIONS)}", **precision)
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------
@@ -212,14 +259,7 @@ def _embed(args: argparse.Namespace) -> None:
             embedder.config.task_ids([record.task])
         except ValueError as error:
             raise InputError(f"{record.where}: {error}") from error
-    options: dict[str, Any] = {
-        "dimensions": args.dimensions,
-        "normalize": args.normalize,
-        "prompts": args.prompts,
-        "precision": args.precision,
-        "batch_tokens": args.batch_tokens,
-        "truncate": LONG[args.long],
-    }
+    options = _encoding(args)
     progress = sys.stderr.isatty()
     try:
         if args.chunks is None:
@@ -243,6 +283,18 @@ def _embed(args: argparse.Namespace) -> None:
         sys.stdout.buffer.flush()
 
 
+def _encoding(args: argparse.Namespace) -> dict[str, Any]:
+    """What `_encoding_options` say to `Embedder.encode`."""
+    return {
+        "dimensions": args.dimensions,
+        "normalize": args.normalize,
+        "prompts": args.prompts,
+        "precision": args.precision,
+        "batch_tokens": args.batch_tokens,
+        "truncate": LONG[args.long],
+    }
+
+
 def _embed_chunks(
     embedder: Any, found: list[Record], chunker: str | int, progress: bool, options: dict[str, Any]
 ) -> tuple[list[Record], np.ndarray]:
@@ -263,6 +315,86 @@ def _embed_chunks(
                 embeddings.append(document.embeddings)
                 bar.update()
     return chunks, np.concatenate(embeddings)
+
+
+def _embed_corpus(args: argparse.Namespace) -> None:
+    """`jina-jax embed-corpus`."""
+    inputs = [*args.inputs, *args.literal]
+    if args.output is None:
+        raise InputError("no --output; name the directory to write to")
+    if not inputs and not args.verify:
+        raise InputError("nothing to embed; pass files, directories, globs or URLs, or --verify to check an output")
+    from jina_jax import corpus
+
+    process = 0
+    if inputs:
+        process, processes = _place(args)
+        directory = _find(args)
+        _enable_compilation_cache()
+        from jina_jax.embedder import Embedder
+
+        job = corpus.Job(
+            inputs=inputs,
+            output=args.output,
+            columns=corpus.Columns(args.text_column, args.id_column, args.task_column),
+            task=args.task,
+            chunker=args.chunks,
+            encode=_encoding(args) | {"ranges": _ranges(args.ranges)},
+            shard_rows=args.shard_rows,
+            resume=args.resume,
+            process=process,
+            processes=processes,
+        )
+        model = corpus.describe_model(args.model or "mini", directory)
+        with _termination():
+            done = corpus.run(job, Embedder.load(directory, dtype=args.dtype), model, args.dtype)
+        if process == 0:
+            _print(done)
+    if args.verify and process == 0:
+        done, problems = corpus.verify(args.output)
+        _print("\n".join([done, *problems]))
+        if problems:
+            raise SystemExit(1)
+
+
+def _place(args: argparse.Namespace) -> tuple[int, int]:
+    """Number of this process, and of all of them."""
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if (args.num_processes is None) != (args.process_id is None):
+        raise InputError("--num-processes and --process-id go together")
+    if args.process_id is not None and args.process_id >= args.num_processes:
+        raise InputError(f"--process-id {args.process_id} must be less than --num-processes {args.num_processes}")
+    # Shards are shared out by number; nothing else is needed where the numbers are given.
+    if args.coordinator is None and args.process_id is not None:
+        return args.process_id, args.num_processes
+    try:
+        from jina_jax import distributed  # type: ignore[attr-defined]
+    except ImportError:
+        return 0, 1
+    return distributed.start(*given)
+
+
+def _ranges(name: str | None) -> np.ndarray | None:
+    if name is None:
+        return None
+    try:
+        return np.load(name).astype(np.float32)
+    except ValueError as error:
+        raise InputError(f"{name}: not an array of numbers ({error}); quantization.calibrate makes one") from error
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """End tidily when asked to by SIGTERM, as cluster managers do."""
+
+    def end(*_: Any) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -369,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _abandon_stdout()
         return 141
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if os.environ.get("JINA_JAX_DEBUG"):
             traceback.print_exc()
         _print(f"jina-jax: error: {_message(error)}", sys.stderr)

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import socket
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 LINES = (".txt", ".txt.gz")
 RECORDS = (".jsonl", ".jsonl.gz")
+HOST = socket.gethostname()
 # JSON allows these in strings, but many programs would end the line there.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
@@ -89,30 +91,64 @@ def _open(path: Path) -> Iterator[Iterable[bytes]]:
 
 def _read_lines(lines: Iterable[bytes], name: str, task: str | None) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
-        yield Record(_decode(line, f"{name}:{number}", first=number == 1), f"{name}:{number}", task)
+        yield Record(decode(line, f"{name}:{number}", first=number == 1), f"{name}:{number}", task)
 
 
 def _read_records(lines: Iterable[bytes], name: str, task: str | None) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
         where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(_decode(line, where, first=number == 1))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}); every line must be a record of its own") from error
-        content = {"text": content} if isinstance(content, str) else content
-        if not isinstance(content, dict) or not isinstance(content.get("text"), str):
-            raise InputError(f'{where}: must be a string or an object with a string "text"')
-        if not isinstance(content.get("task"), str | None):
-            raise InputError(f'{where}: "task" must be a string or null, not {json.dumps(content["task"])}')
-        if isinstance(content.get("id"), bool) or not isinstance(content.get("id"), str | int | None):
-            raise InputError(f'{where}: "id" must be a string or a whole number, not {json.dumps(content["id"])}')
-        yield Record(content["text"], where, content.get("task", task), content.get("id"))
+        if line.strip():
+            yield parse_record(line, where, task, first=number == 1)
 
 
-def _decode(line: bytes, where: str, first: bool) -> str:
-    """One line without its end, nor the byte order mark that some editors put before the first."""
+def parse_record(
+    line: bytes, where: str, default: str | None, *, first: bool, text: str = "text", id: str = "id", task: str = "task"
+) -> Record:
+    """One line of a `.jsonl` file: a string, or an object.
+
+    Args:
+        line: The line.
+        where: Its file and number, for messages.
+        default: The task, if it names none.
+        first: Whether it is the first of its file.
+        text: The key of its text.
+        id: The key of its id.
+        task: The key of its task.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: If the line is malformed.
+    """
+    try:
+        content = json.loads(decode(line, where, first=first))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}); every line must be a record of its own") from error
+    content = {text: content} if isinstance(content, str) else content
+    if not isinstance(content, dict) or not isinstance(content.get(text), str):
+        raise InputError(f'{where}: must be a string or an object with a string "{text}"')
+    if not isinstance(content.get(task), str | None):
+        raise InputError(f'{where}: "{task}" must be a string or null, not {json.dumps(content[task])}')
+    if isinstance(content.get(id), bool) or not isinstance(content.get(id), str | int | None):
+        raise InputError(f'{where}: "{id}" must be a string or a whole number, not {json.dumps(content[id])}')
+    return Record(content[text], where, content.get(task, default), content.get(id))
+
+
+def decode(line: bytes, where: str, first: bool) -> str:
+    """One line without its end, nor the byte order mark that some editors put before the first.
+
+    Args:
+        line: The line.
+        where: Its file and number, for messages.
+        first: Whether it is the first of its file.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: If it is not UTF-8.
+    """
     try:
         text = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -155,7 +191,7 @@ def write(path: Path, records: Sequence[Record], embeddings: np.ndarray) -> None
     Raises:
         OSError: If the file cannot be written; nothing is left behind then.
     """
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         if path.suffix.lower() == ".npy":
             # np.save would say "3 requested and 0 written" where the disk is full.
             embeddings = np.ascontiguousarray(embeddings)
@@ -166,10 +202,20 @@ def write(path: Path, records: Sequence[Record], embeddings: np.ndarray) -> None
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write that takes its name once the block has ended well."""
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write that takes its name once the block has ended well.
+
+    Args:
+        path: The file. One that exists is replaced.
+
+    Yields:
+        The file under a temporary name.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left behind then.
+    """
     path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as handle:
             yield handle
@@ -179,7 +225,15 @@ def _whole_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    # A name too survives a loss of power only once its directory is on the disk, where directories can be synced.
+    with contextlib.suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def similarity_table(texts: Sequence[str], embeddings: np.ndarray, columns: int) -> str:

@@ -33,6 +33,8 @@ MAY_IMPORT = {
         *("config", "model", "tokenizer", "batching", "chunking", "pooling", "quantization", "pipeline", "checkpoint"),
         "hub",
     },
+    "corpus": {"checkpoint", "embedder", "hub", "records"},
+    "ray": {"embedder"},
 }
 LATE = {"bench", "records", "info", "cli", "__main__"}  # the command line may use everything
 NEVER = {"torch", "transformers", "peft", "convert", "fastapi", "sentence_transformers"}
@@ -94,7 +96,7 @@ def test_importing_is_light_and_pulls_in_no_framework_but_jax():
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     loaded = set(output.split())
     assert "jina_jax" in loaded
-    heavy = {"torch", "transformers", "tensorflow", "fastapi", "uvicorn", "huggingface_hub", "pandas"}
+    heavy = {"torch", "transformers", "tensorflow", "fastapi", "uvicorn", "huggingface_hub", "pandas", "pyarrow", "ray"}
     assert not heavy & loaded, heavy & loaded
 
 
