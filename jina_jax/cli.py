@@ -352,7 +352,8 @@ def _embed_corpus(args: argparse.Namespace) -> None:
             _print(done)
     if args.verify and process == 0:
         done, problems = corpus.verify(args.output)
-        _print("\n".join([done, *problems]))
+        more = [f"... and {len(problems) - MESSAGE_LINES:,} more"] if len(problems) > MESSAGE_LINES else []
+        _print("\n".join([done, *problems[:MESSAGE_LINES], *more]))
         if problems:
             raise SystemExit(1)
 

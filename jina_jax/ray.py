@@ -16,7 +16,7 @@ class EmbedBatch:
             EmbedBatch,
             fn_constructor_kwargs={"model": "jinaai/jina-embeddings-v3", "task": "retrieval.passage"},
             batch_size=4096,
-            concurrency=8,
+            compute=ray.data.ActorPoolStrategy(size=8),
             num_gpus=1,
         )
 

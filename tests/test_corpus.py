@@ -241,6 +241,13 @@ def test_chunks(done, small):
     assert len(done(corpora.write("e.txt", [{"text": ""}]), "--chunks", "4", "--verify", output="o2")) == 0
 
 
+def test_output_within_input(done):
+    corpora.write("c.jsonl", RECORDS)
+    first = done(".", output="out")
+    Path("out/shards/000000.parquet").unlink()
+    assert done(".", "--resume", output="out").equals(first)
+
+
 def test_an_empty_corpus(embed):
     Path("e.jsonl").touch()
     assert embed("e.jsonl", "--verify")[0] == 0
@@ -593,7 +600,9 @@ def test_columns_that_are_not_there(fails):
     assert "column 'number' holds int64, but must hold strings" in fails("c.parquet", "--text-column", "number")
     message = fails("c.parquet", "--text-column", "body", "--id-column", "key")
     assert "column 'key' holds double, but must hold strings or whole numbers" in message
-    name = corpora.write("n.parquet", [{"text": "a"}, {"text": None}])
+    records = [{"text": "a"}, {"text": None}]
+    assert "n.parquet: column 'text' has 1 rows without a text" in fails(corpora.write("n.parquet", records))
+    name = corpora.write("n.parquet", records, write_statistics=False)
     assert "n.parquet, row 1: has no text" in fails(name)
 
 

@@ -100,12 +100,13 @@ class Scan(NamedTuple):
     starts: list[tuple[int, int]]
 
 
-def find(inputs: Sequence[str]) -> list[Source]:
+def find(inputs: Sequence[str], output: str = "") -> list[Source]:
     """Input files, in the order of the arguments, those of a directory or glob sorted.
 
     Args:
         inputs: Files, directories, globs and URLs. A directory stands for all files with known endings in it, at any
             depth, but those whose names begin with "." or "_".
+        output: URL of a directory that is no input even if it lies in one.
 
     Returns:
         The files.
@@ -122,6 +123,7 @@ def find(inputs: Sequence[str]) -> list[Source]:
             files = [file for match in matches for file in _files(fs, match, named=False)]
         else:
             files = _files(fs, path, named=True)
+        files = [file for file in files if not (output and fs.unstrip_protocol(file).startswith(f"{output}/"))]
         if not files:
             raise InputError(f"{name}: no such input; inputs are files, directories or globs of {', '.join(ENDINGS)}")
         for file in files:

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from jina_jax.embedder import Embedder, Usage
 from jina_jax.records import InputError
 
 SHARD_ROWS = 8192
-WAIT_SECONDS = 1.0
+# Footers that are read at once: an object store takes its time for each.
+CHECKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def run(job: Job, embedder: Embedder, model: Mapping[str, Any], dtype: str) -> s
     def check(task: str | None) -> None:
         embedder.config.task_ids([task])
 
-    sources = {source.name: source for source in find(job.inputs)}
     store = Store(job.output)
+    sources = {source.name: source for source in find(job.inputs, store.fs.unstrip_protocol(store.root))}
     store.make()
     ranges = options["ranges"]
     head = {
@@ -94,14 +96,18 @@ def run(job: Job, embedder: Embedder, model: Mapping[str, Any], dtype: str) -> s
     }
     manifest = plan.settle(store, [*sources.values()], head, check, resume=job.resume, process=job.process)
 
-    identity, there = plan.identity(manifest), set(store.names("shards"))
-    before, todo = [0] * job.processes, []
+    identity = plan.identity(manifest)
+    missing = _missing(store, manifest)
+    mine = [shard for shard in plan.shards(manifest) if shard.number % job.processes == job.process]
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        whole = pool.map(
+            lambda one: one.number not in missing and isinstance(shards.facts(store, one, identity), dict), mine
+        )
+        todo = [shard for shard, done in zip(mine, whole, strict=True) if not done]
+    missing |= {shard.number for shard in todo}
+    before = [0] * job.processes
     for shard in plan.shards(manifest):
-        owner, done = shard.number % job.processes, shards.name(shard.number).removeprefix("shards/") in there
-        if owner == job.process:
-            done = done and not isinstance(shards.facts(store, shard, identity), str)
-            todo += [] if done else [shard]
-        before[owner] += shard.part.rows * done
+        before[shard.number % job.processes] += shard.part.rows * (shard.number not in missing)
 
     usage, total = Usage(), sum(entry["rows"] for entry in manifest["inputs"])
     told = Progress(store, job.process, before, total, usage)
@@ -166,6 +172,12 @@ def _texts(rows: Iterable[Row], ids: list[str], *, documents: bool) -> Iterator[
         yield (row.text, None, row.task) if documents else (row.text, row.task)
 
 
+def _missing(store: Store, manifest: plan.Manifest) -> set[int]:
+    """Numbers of the shards that have no file."""
+    there = set(store.names("shards"))
+    return {one.number for one in plan.shards(manifest) if shards.name(one.number).removeprefix("shards/") not in there}
+
+
 def _wait(store: Store, manifest: plan.Manifest, told: Progress) -> int:
     """Wait for the other processes.
 
@@ -181,12 +193,11 @@ def _wait(store: Store, manifest: plan.Manifest, told: Progress) -> int:
         RuntimeError: If one that has begun fell silent.
     """
     while True:
-        there = set(store.names("shards"))
-        missing = [one for one in plan.shards(manifest) if shards.name(one.number).removeprefix("shards/") not in there]
-        owners = sorted({shard.number % len(told.before) for shard in missing})
+        missing = _missing(store, manifest)
+        owners = sorted({number % len(told.before) for number in missing})
         if not any(told.alive(owner) for owner in owners):
             break
-        time.sleep(WAIT_SECONDS)
+        time.sleep(told.interval)
     dead = [owner for owner in owners if owner in told.seen]
     if dead:
         listed = ", ".join(map(str, dead))

@@ -4,7 +4,9 @@ It is written once, and compared with what is asked for whenever the job goes on
 """
 
 import hashlib
+import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from jina_jax.records import InputError
 VERSION = 1
 MANIFEST = "manifest.json"
 POLL_SECONDS = 1.0
+NOTE_POLLS = 30
 
 Manifest = dict[str, Any]
 
@@ -65,9 +68,7 @@ def settle(
         manifest = {"version": VERSION, **wanted, "inputs": [_entry(source, wanted, check) for source in sources]}
         store.write(MANIFEST, encode(manifest))
         return manifest
-    while manifest is None:
-        time.sleep(POLL_SECONDS)
-        manifest = read(store)
+    manifest = manifest or _wait(store)
     problems = differences(manifest, sources, wanted, check)
     if problems:
         listed = "\n  ".join(problems)
@@ -76,6 +77,17 @@ def settle(
             f"\n  {listed}"
         )
     return manifest
+
+
+def _wait(store: Store) -> Manifest:
+    """The manifest, once process 0 has written it."""
+    for polls in itertools.count():
+        if manifest := read(store):
+            return manifest
+        if polls == NOTE_POLLS:
+            print(f"jina-jax: waiting for process 0 to write {store.url}/{MANIFEST}", file=sys.stderr, flush=True)
+        time.sleep(POLL_SECONDS)
+    raise AssertionError
 
 
 def read(store: Store) -> Manifest | None:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from jina_jax.corpus.store import Store
 from jina_jax.embedder import Usage
 
-BEAT_SECONDS = 2.0
+# Seconds between two looks on a local file system, and on an object store, which may count requests.
+BEAT_SECONDS = (2.0, 10.0)
 LINE_SECONDS = 30.0
 # A process whose file does not change for so long is taken for dead.
 SILENT_SECONDS = 60.0
@@ -30,11 +31,13 @@ class Progress:
         before: Rows in shards that were there when this process began, by process.
         seen: What each process has told in this run: "done" (rows in all), and "rows", "tokens" and "truncated" texts
             of this run.
+        interval: Seconds between two looks.
     """
 
     def __init__(self, store: Store, process: int, before: Sequence[int], total: int, usage: Usage) -> None:
         self.before, self.seen = before, dict[int, Counts]()
         self._store, self._process, self._total, self._usage = store, process, total, usage
+        self.interval = BEAT_SECONDS[0 if store.local else 1]
         self._begun = self._line = time.monotonic()
         self._beats = 0
         self._bar: Any = None
@@ -47,12 +50,12 @@ class Progress:
         stop = threading.Event()
 
         def work() -> None:
-            while not stop.wait(BEAT_SECONDS):
+            while not stop.wait(self.interval):
                 self._beat()
 
         thread = threading.Thread(target=work, name="jina_jax-progress", daemon=True)
         if self._process == 0 and sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, unit="row")
+            self._bar = tqdm(total=self._total, initial=sum(self.before), unit="row")
         self._beat()
         thread.start()
         try:
@@ -88,8 +91,8 @@ class Progress:
         counts = {"rows": self._usage.texts, "tokens": self._usage.tokens, "truncated": self._usage.truncated}
         counts["done"] = self.before[self._process] + counts["rows"]
         self.seen[self._process] = counts
-        # Whatever is wrong with the output, the shards will say it better.
-        with contextlib.suppress(OSError):
+        # Whatever is wrong with the output, the shards will say it better; object stores raise what they like.
+        with contextlib.suppress(Exception):
             content = {"process": self._process, "begun": self._begun, "beat": self._beats, **counts}
             self._store.write(_name(self._process), json.dumps(content).encode())
             for other in self._others():
@@ -101,8 +104,7 @@ class Progress:
         content = self._store.read(_name(other))
         if content and content != self._last[other][0]:
             self._last[other] = content, time.monotonic()
-            with contextlib.suppress(ValueError):
-                self.seen[other] = json.loads(content)
+            self.seen[other] = json.loads(content)
 
     def _show(self) -> None:
         done = sum(self.seen[one]["done"] if one in self.seen else rows for one, rows in enumerate(self.before))

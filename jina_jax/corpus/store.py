@@ -82,8 +82,8 @@ class Store:
                     handle.write(content)
             else:
                 self.fs.pipe_file(self.path(name), bytes(content))
-        except OSError as error:
-            reason = error.strerror or error
+        except Exception as error:  # object stores raise what they like
+            reason = getattr(error, "strerror", None) or error
             raise OSError(
                 f"{self.url}/{name}: {reason}; what is finished is kept, --resume goes on from there"
             ) from error

@@ -22,6 +22,7 @@ def scan(source: Source, columns: Columns, check: Check) -> Scan:
             revision = _footer_hash(handle)
             file = pq.ParquetFile(handle)
             task = _check_schema(file.schema_arrow, columns, source)["task"]
+            _check_nulls(file.metadata, columns.text, source)
             for batch in [] if task is None else file.iter_batches(columns=[task]):
                 _check_tasks(batch.column(task), check, source)
             return Scan(file.metadata.num_rows, revision, [])
@@ -119,6 +120,16 @@ def _check_schema(schema: pa.Schema, columns: Columns, source: Source) -> dict[s
             kinds = "strings or whole numbers" if role == "id" else "strings"
             raise InputError(f"{source.path}: column {name!r} holds {kind}, but must hold {kinds}")
     return names
+
+
+def _check_nulls(metadata: pq.FileMetaData, text: str, source: Source) -> None:
+    """Rows without a text, as far as the footer tells."""
+    for group in range(metadata.num_row_groups):
+        parts = metadata.row_group(group)
+        for part in map(parts.column, range(parts.num_columns)):
+            told = part.statistics if part.path_in_schema == text else None
+            if told is not None and told.null_count:
+                raise InputError(f"{source.path}: column {text!r} has {told.null_count} rows without a text")
 
 
 def _check_tasks(tasks: Any, check: Check, source: Source) -> None:
