@@ -8,6 +8,7 @@ from jina_jax.lora import merge
 from jina_jax.model import Model, Output
 from jina_jax.pooling import normalize, truncate
 from jina_jax.quantization import calibrate, quantize
+from jina_jax.sharding import make_mesh, shardings, use
 from jina_jax.tensors import CheckpointError
 
 __all__ = [
@@ -22,9 +23,12 @@ __all__ = [
     "__version__",
     "calibrate",
     "load",
+    "make_mesh",
     "merge",
     "normalize",
     "quantize",
     "save",
+    "shardings",
     "truncate",
+    "use",
 ]

@@ -70,12 +70,26 @@ class Text:
     shares: np.ndarray
 
 
-def row_lengths(max_tokens: int, batch_tokens: int) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Split:
+    """Into how many parts a batch is split over a mesh of devices.
+
+    Attributes:
+        rows: Every batch has a multiple of so many rows.
+        tokens: Every row has a multiple of so many tokens.
+    """
+
+    rows: int = 1
+    tokens: int = 1
+
+
+def row_lengths(max_tokens: int, batch_tokens: int, split: Split = Split()) -> tuple[int, ...]:
     """Lengths of packed rows: powers of two from 64, or 128 where batches have several rows, and last `max_tokens`.
 
     Args:
         max_tokens: Length of the longest text allowed.
         batch_tokens: Tokens computed at once.
+        split: Into what batches are split.
 
     Returns:
         Lengths, ascending; 8 for 8192 tokens computed 1024 at once.
@@ -85,9 +99,10 @@ def row_lengths(max_tokens: int, batch_tokens: int) -> tuple[int, ...]:
     """
     if max_tokens < 1 or batch_tokens < 1:
         raise ValueError(f"{max_tokens=} and {batch_tokens=} must be at least 1")
-    shortest = SHORTEST_ROW if batch_tokens < 2 * max_tokens else 2 * SHORTEST_ROW
+    shortest = SHORTEST_ROW if batch_tokens < 2 * split.rows * max_tokens else 2 * SHORTEST_ROW
     powers = (shortest << i for i in range(max_tokens.bit_length()))
-    return (*(length for length in powers if length < max_tokens), max_tokens)
+    lengths = (*(length for length in powers if length < max_tokens), max_tokens)
+    return tuple(sorted({-(-length // split.tokens) * split.tokens for length in lengths}))
 
 
 def row_places(length: int) -> int:
@@ -95,7 +110,7 @@ def row_places(length: int) -> int:
     return max(1, length // TOKENS_PER_PLACE)
 
 
-def pack(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Batch]:
+def pack(texts: Sequence[Text], max_tokens: int, batch_tokens: int, split: Split = Split()) -> list[Batch]:
     """Lay texts end to end in rows.
 
     Args:
@@ -103,6 +118,7 @@ def pack(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Batc
         max_tokens: Length of the longest text allowed.
         batch_tokens: Tokens computed at once: rows are so long where texts allow it, and several go together where
             this is more than `max_tokens`.
+        split: Into what batches are split.
 
     Returns:
         Batches, the longest rows first; every text is in exactly one row. The shapes are those of `row_shapes`.
@@ -110,10 +126,10 @@ def pack(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Batc
     Raises:
         ValueError: If a text is too long, or a limit is not positive.
     """
-    sizes = row_lengths(max_tokens, batch_tokens)
+    sizes = row_lengths(max_tokens, batch_tokens, split)
     lengths = _checked_lengths(texts, max_tokens, batch_tokens)
     wanted = [max(1, len(text.targets)) for text in texts]
-    usual = next((size for size in sizes if size >= batch_tokens), sizes[-1])
+    usual = next((size for size in sizes if size * split.rows >= batch_tokens), sizes[-1])
 
     def shortest(tokens: int, places: int) -> int:
         return next(size for size in sizes if size >= tokens and row_places(size) >= places)
@@ -143,27 +159,33 @@ def pack(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Batc
         by_size.setdefault(size, []).append(np.array(members, np.int64))
     batches = []
     for size, found in sorted(by_size.items(), reverse=True):
-        together = max(1, batch_tokens // size) if size == sizes[-1] else 1
+        together = _most_rows(size, batch_tokens, split) if size == sizes[-1] else split.rows
         while found:
-            count = together if len(found) >= together else 1
+            count = together if len(found) > together - split.rows else split.rows
             batches.append(Batch(tuple(found[:count]), count, size, row_places(size)))
             del found[:count]
     return batches
 
 
-def row_shapes(max_tokens: int, batch_tokens: int) -> list[tuple[int, int]]:
+def _most_rows(size: int, batch_tokens: int, split: Split) -> int:
+    """Rows of such a length that are computed at once."""
+    return split.rows * max(1, batch_tokens // (split.rows * size))
+
+
+def row_shapes(max_tokens: int, batch_tokens: int, split: Split = Split()) -> list[tuple[int, int]]:
     """Every shape (rows, length) that `pack` can give: 8 for 8192 tokens, computed 1024 or 32768 at once.
 
     Args:
         max_tokens: Length of the longest text allowed.
         batch_tokens: Tokens computed at once.
+        split: Into what batches are split.
 
     Returns:
         Shapes without repetition.
     """
-    sizes = row_lengths(max_tokens, batch_tokens)
-    together = max(1, batch_tokens // sizes[-1])
-    return [(1, size) for size in sizes] + [(together, sizes[-1])] * (together > 1)
+    sizes = row_lengths(max_tokens, batch_tokens, split)
+    together = _most_rows(sizes[-1], batch_tokens, split)
+    return [(split.rows, size) for size in sizes] + [(together, sizes[-1])] * (together > split.rows)
 
 
 def bucket_lengths(max_tokens: int) -> tuple[int, ...]:
@@ -189,7 +211,7 @@ def bucket_lengths(max_tokens: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < max_tokens), max_tokens)
 
 
-def bucket(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Batch]:
+def bucket(texts: Sequence[Text], max_tokens: int, batch_tokens: int, split: Split = Split()) -> list[Batch]:
     """Give each text a row, among texts of about its length.
 
     A batch has a length from `bucket_lengths` and a power of two of rows, as many as the budget allows; rows left over
@@ -199,6 +221,7 @@ def bucket(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Ba
         texts: Texts of at most `max_tokens`.
         max_tokens: Length of the longest text allowed.
         batch_tokens: Tokens of a batch, padding included. A text longer than that goes alone.
+        split: Into what batches are split.
 
     Returns:
         Batches, the longest texts first; every text is in exactly one.
@@ -206,7 +229,7 @@ def bucket(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Ba
     Raises:
         ValueError: If a text is too long, or a limit is not positive.
     """
-    sizes = np.array(bucket_lengths(max_tokens))
+    sizes = np.array(sorted({-(-length // split.tokens) * split.tokens for length in bucket_lengths(max_tokens)}))
     lengths = _checked_lengths(texts, max_tokens, batch_tokens)
     order = np.argsort(-lengths, kind="stable")
     found = np.searchsorted(sizes, lengths[order])
@@ -218,8 +241,9 @@ def bucket(texts: Sequence[Text], max_tokens: int, batch_tokens: int) -> list[Ba
     batches, start = [], 0
     while start < len(order):
         length = int(sizes[found[start]])
-        most = 1 << (max(1, batch_tokens // length).bit_length() - 1)
-        rows = min(most, 1 << (int(ends[found[start]]) - start - 1).bit_length())
+        most = 1 << (max(1, batch_tokens // (length * split.rows)).bit_length() - 1)
+        here = -(-(int(ends[found[start]]) - start) // split.rows)
+        rows = split.rows * min(most, 1 << (here - 1).bit_length())
         batches.append(Batch(tuple(order[start : start + rows, None]), rows, length, places))
         start += rows
     return batches

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from jina_jax import hub, layouts, peft
+from jina_jax import hub, layouts, peft, sharding
 from jina_jax.config import OWN_MODEL_TYPE, PROMPTS, TASKS, Config, read_json
-from jina_jax.lora import axis_sizes
+from jina_jax.layouts import nest, parameter_shapes
 from jina_jax.model import Model
-from jina_jax.tensors import CheckpointError, TensorFiles, fill, match, parameter_shapes
+from jina_jax.tensors import Box, CheckpointError, TensorFiles, fill, match
 
 Variables = dict[str, Any]
 TABLES = {
@@ -49,6 +49,7 @@ def load(
     param_dtype: DTypeLike | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     mlm_head: bool | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     shardings: Any = None,
     revision: str | None = None,
     **overrides: Any,
@@ -62,8 +63,10 @@ def load(
         param_dtype: Type to hold the weights in; None means `dtype`.
         adapters: PEFT adapter directories to add as further tasks, by task name.
         mlm_head: Whether to load the masked-language-model head as well; None loads it from our own layout only.
-        shardings: Where parameters go: one `jax.sharding.Sharding` for all, or a tree of them like the variables.
-            None puts them on the default device.
+        mesh: Mesh to split the parameters over, see `make_mesh`. Every process reads its own parts of the files, and
+            the vocabulary's tables get as many rows as can be split evenly (`Config.vocab_multiple`).
+        shardings: Instead of a mesh, where parameters go: one `jax.sharding.Sharding` for all, or a tree of them like
+            the variables. None puts them on the default device.
         revision: Branch, tag or commit on the hub.
         **overrides: Attributes of `Config` to change, such as `remat="full"` or `rope_base=10_000.0`.
 
@@ -73,7 +76,10 @@ def load(
     Raises:
         CheckpointError: If the files are not this model, damaged or incomplete; lists every problem.
         FileNotFoundError: If there is no such directory and the hub cannot be reached; says what to place where.
+        ValueError: If the mesh does not fit the model, or there are both `mesh` and `shardings`.
     """
+    if mesh is not None and shardings is not None:
+        raise ValueError("give mesh or shardings, not both")
     directory = hub.find(name_or_path, revision)
     raw = read_json(directory / "config.json")
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
@@ -81,7 +87,7 @@ def load(
     overrides |= {} if mlm_head is None else {"mlm_head": mlm_head}
     config = Config.from_json(directory / "config.json", **overrides)
     if (directory / "orbax").is_dir():
-        return _load_orbax(directory, config, shardings)
+        return _load_orbax(directory, config, sharding.shardings(Model(config), mesh) if mesh else shardings)
 
     files = TensorFiles(directory)
     layout = detect_layout(raw, files.shapes)
@@ -102,19 +108,47 @@ def load(
         listed = "\n  ".join(problems + wrong)
         raise CheckpointError(f"{directory} is not a whole checkpoint of the {layout} layout:\n  {listed}")
 
+    if mesh is not None:
+        full = sharding.padded(full, mesh)
+        shardings = sharding.shardings(Model(full), mesh)
+    wanted = parameter_shapes(full)
+
+    def part(path: str, box: Box) -> np.ndarray:
+        """A part of a parameter: of the checkpoint, with the adapters that were added."""
+        pieces = [found for found in matches if found.rule.target == path]
+        if path not in added:
+            return fill(path, box, param_dtype, pieces, files, config)
+        # Adapters are small, and made for the whole.
+        axes = layouts.PARAMETERS[path].split()
+        parts = [added[path]]
+        if path in shapes:
+            parts = [fill(path, tuple((0, size) for size in shapes[path]), param_dtype, pieces, files, config), *parts]
+        whole = np.concatenate([peft.pad_rank(one, axes, full.lora_rank) for one in parts], axis=axes.index("K"))
+        whole = np.pad(whole, [(0, size - given) for size, given in zip(wanted[path], whole.shape, strict=True)])
+        return np.ascontiguousarray(whole[tuple(slice(*cut) for cut in box)].astype(param_dtype))
+
     # Largest first: what is still to come while a parameter is filled is then never larger than what is there.
     leaves = {}
-    for path in sorted(parameter_shapes(full), key=lambda path: -np.prod(shapes.get(path, 1))):
-        parts = []
-        if path in shapes:
-            pieces = [found for found in matches if found.rule.target == path]
-            parts.append(fill(shapes[path], param_dtype, pieces, files, config))
-        if path in added:
-            axes = layouts.PARAMETERS[path].split()
-            parts = [peft.pad_rank(part, axes, full.lora_rank) for part in (*parts, added.pop(path))]
-            parts = [np.concatenate(parts, axis=axes.index("K")).astype(param_dtype)]
-        leaves[path] = jax.device_put(parts[0], _pick(shardings, path))
-    return Model(full), {"params": _nest(leaves)}
+    for path in sorted(wanted, key=lambda path: -np.prod(shapes.get(path, 1))):
+        leaves[path] = _place(wanted[path], _pick(shardings, path), functools.partial(part, path))
+    return Model(full), {"params": nest(leaves)}
+
+
+def _place(
+    shape: tuple[int, ...], target: jax.sharding.Sharding | None, part: Callable[[Box], np.ndarray]
+) -> jax.Array:
+    """An array on its devices, made of the parts that this process holds, each made once."""
+    if target is None:
+        return jax.device_put(part(tuple((0, size) for size in shape)))
+    devices: dict[Box, list[jax.Device]] = {}
+    for device, index in target.addressable_devices_indices_map(shape).items():
+        box = tuple(cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True))
+        devices.setdefault(box, []).append(device)
+    shards = []
+    for box, owners in devices.items():
+        array = part(box)
+        shards += [jax.device_put(array, device) for device in owners]
+    return jax.make_array_from_single_device_arrays(shape, target, shards)
 
 
 def detect_layout(raw: Mapping[str, Any], names: Mapping[str, Any]) -> str:
@@ -138,7 +172,7 @@ def _load_orbax(directory: Path, config: Config, shardings: Any) -> tuple[Model,
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            variables = checkpointer.restore((directory / "orbax").absolute(), {"params": _nest(abstract)})
+            variables = checkpointer.restore((directory / "orbax").absolute(), {"params": nest(abstract)})
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise CheckpointError(f"{directory}: not a whole checkpoint of this model: {error}") from error
     return Model(config), variables
@@ -150,24 +184,14 @@ def _pick(shardings: Any, path: str) -> jax.sharding.Sharding | None:
     return functools.reduce(lambda tree, key: tree[key], path.split("/"), shardings["params"])
 
 
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} to {"a": {"b": x}}, in the order of the table."""
-    tree: dict[str, Any] = {}
-    for path in layouts.PARAMETERS:
-        if path in leaves:
-            *parents, name = path.split("/")
-            functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = leaves[path]
-    return tree
-
-
-def flatten(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
+def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
     """{"params": {"a": {"b": x}}} to {"a/b": x}.
 
     Args:
-        variables: What `load` or `Model.init` gave.
+        variables: What `load` or `Model.init` gave, or a tree like it.
 
     Returns:
-        Parameters by path.
+        Parameters, or what stands for them, by path.
     """
     flat = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
     return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in flat}
@@ -219,6 +243,8 @@ def save(
     flat, config = flatten(variables), model.config
     _check_variables(flat, config)
     config = config.replace(param_dtype=flat["embed/words/embedding"].dtype)
+    if layout != "orbax":  # the files hold the rows that are read
+        config = config.replace(vocab_multiple=1)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -279,18 +305,19 @@ def as_stored(
 
     Args:
         flat: Parameters by path.
-        config: The model's configuration.
+        config: The configuration of what is to be stored.
         table: Rules of the layout.
         at: Axes that are fixed for all tensors, such as {"K": 2} for the third adapter.
 
     Yields:
         The tensor's canonical name, and its values: a view wherever that can be.
     """
-    size = axis_sizes(config)
+    size = config.axis_sizes
     for rule in table:
         if rule.target not in flat:
             continue
-        value = np.asarray(flat[rule.target])
+        stored = tuple(slice(size[axis]) for axis in layouts.PARAMETERS[rule.target].split())
+        value = np.asarray(flat[rule.target])[stored]
         for layer in range(config.num_hidden_layers) if "{L}" in rule.source else (None,):
             fixed = dict(rule.at) | ({} if layer is None else {"L": layer}) | dict(at or {})
             index, axes = layouts.region(rule.target, fixed)

@@ -59,6 +59,8 @@ class Config:
         remat: What the backward pass keeps of each layer: "none" (everything), "dots" (matrix products),
             "names" (the outputs of attention and mlp), "full" (the layer's input alone).
         unroll: Layers per step of the scan; `num_hidden_layers` unrolls it altogether.
+        vocab_multiple: The vocabulary's tables have rows nobody reads at their end, so that their number is a multiple
+            of this: a mesh of devices splits them evenly. `sharding.padded` sets it.
     """
 
     vocab_size: int = 250_002
@@ -91,6 +93,7 @@ class Config:
     attention: str | None = None
     remat: str = "none"
     unroll: int = 1
+    vocab_multiple: int = 1
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail far from its cause."""
@@ -120,6 +123,23 @@ class Config:
     def lora_scale(self) -> float:
         """Factor of every adapter's product."""
         return self.lora_alpha / self.lora_rank
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Size of every axis that parameters have, by its letter."""
+        return {
+            "V": -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple,
+            "Y": self.type_vocab_size,
+            "D": self.hidden_size,
+            "E": self.hidden_size,
+            "F": self.intermediate_size,
+            "J": 3,
+            "N": self.num_attention_heads,
+            "H": self.head_dim,
+            "K": len(self.tasks),
+            "R": self.lora_rank,
+            "L": self.num_hidden_layers,
+        }
 
     def task_id(self, task: str) -> int:
         """Position of a task's adapter.

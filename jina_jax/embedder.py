@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from jina_jax import batching, checkpoint, chunking, hub, pipeline, pooling, quantization
+from jina_jax import batching, checkpoint, chunking, hub, lora, pipeline, pooling, quantization, sharding
 from jina_jax.batching import Arrays, Text
 from jina_jax.chunking import Chunker, Given
 from jina_jax.config import Config
@@ -99,16 +100,31 @@ class Embedder:
         model: The model.
         variables: Its variables.
         tokenizer: Its tokenizer.
+        mesh: Devices over which `variables` are split and batches are computed, see `make_mesh`; None for one device.
+            Where it has devices of other processes, all of them must make the same calls, and all get the results.
     """
 
-    def __init__(self, model: Model, variables: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        model: Model,
+        variables: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model's table {model.config.vocab_size} rows; "
                 "they belong to different models"
             )
-        self.model, self.variables, self.tokenizer = model, variables, tokenizer
-        self._means = jax.jit(functools.partial(_means, model))
+        self.model, self.variables, self.tokenizer, self.mesh = model, variables, tokenizer, mesh
+        means = functools.partial(_means, model)
+        if mesh is None:
+            self._held = lora.as_bits(variables) if jax.default_backend() == "cpu" else variables
+            self._split, self._means = batching.Split(), jax.jit(means)
+        else:
+            self._held, self._split = variables, batching.Split(*sharding.parts(mesh))
+            # Every process takes all results.
+            self._means = jax.jit(means, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @classmethod
     def load(
@@ -116,6 +132,7 @@ class Embedder:
         name_or_path: str | Path = "mini",
         *,
         dtype: DTypeLike = jnp.float32,
+        mesh: jax.sharding.Mesh | None = None,
         revision: str | None = None,
         **overrides: Any,
     ) -> Embedder:
@@ -125,6 +142,7 @@ class Embedder:
             name_or_path: A directory, a name on the Hugging Face hub such as "jinaai/jina-embeddings-v3", or "mini"
                 for the small bundled model.
             dtype: Type to compute in and to hold the weights in; float32 is exact.
+            mesh: Devices to split the model and batches over, see `make_mesh`; None means the default device.
             revision: Branch, tag or commit on the hub.
             **overrides: Further arguments of `jina_jax.load`, attributes of `Config` included.
 
@@ -136,8 +154,8 @@ class Embedder:
             FileNotFoundError: If there is no such directory or no tokenizer in it, or the hub cannot be reached.
         """
         directory = hub.find(name_or_path, revision)
-        model, variables = checkpoint.load(directory, dtype=dtype, **overrides)
-        return cls(model, variables, load_tokenizer(directory))
+        model, variables = checkpoint.load(directory, dtype=dtype, mesh=mesh, **overrides)
+        return cls(model, variables, load_tokenizer(directory), mesh)
 
     @property
     def config(self) -> Config:
@@ -187,7 +205,8 @@ class Embedder:
             truncate: True cuts texts that are too long, "error" refuses them, and False embeds all of them: in
                 overlapping windows, whose token vectors go into one mean.
             batch_tokens: Tokens computed at once; a longer text goes alone. None means 1024 on a CPU, 32768 on an
-                accelerator. Changes speed and memory, not results.
+                accelerator, times the devices that rows and tokens are split over. Changes speed and memory, not
+                results.
             pack: Whether several texts share a row; otherwise each has one, and is filled up.
             usage: Counts to add to.
             progress: Whether to show a progress bar on stderr.
@@ -490,10 +509,10 @@ class Embedder:
         Returns:
             Number of programs.
         """
-        shapes = batching.row_shapes(self.config.max_tokens, self._batch_tokens(batch_tokens))
+        shapes = batching.row_shapes(self.config.max_tokens, self._batch_tokens(batch_tokens), self._split)
         for rows, length in shapes:
             nothing = batching.Batch((), rows, length, batching.row_places(length))
-            self._compute(batching.fill(nothing, [], self.tokenizer.pad_id))
+            jax.block_until_ready(self._compute(batching.fill(nothing, [], self.tokenizer.pad_id)))
         return len(shapes)
 
     def _texts(
@@ -521,7 +540,7 @@ class Embedder:
         windows = pipeline.windows(
             map(_checked, groups), self._window_characters(batch_tokens), lambda pair: len(pair[0])
         )
-        for work in pipeline.stream(self._compute, prepare, windows, self.tokenizer.pad_id):
+        for work in self._stream(prepare, windows):
             if usage is not None:
                 _count(usage, work.made, work)
             yield work
@@ -559,7 +578,7 @@ class Embedder:
             return self._work(parts, texts, total, batch_tokens, pack=True)
 
         windows = pipeline.windows(groups, self._window_characters(batch_tokens), _document_length)
-        for work in pipeline.stream(self._compute, prepare, windows, self.tokenizer.pad_id):
+        for work in self._stream(prepare, windows):
             if usage is not None:
                 _count(usage, [one for *_, one in work.made], work)
             yield work
@@ -575,11 +594,18 @@ class Embedder:
 
     def _work(self, made: list, texts: list[Text], count: int, batch_tokens: int | None, pack: bool) -> Work:
         arrange = batching.pack if pack else batching.bucket
-        batches = arrange(texts, self.config.max_tokens, self._batch_tokens(batch_tokens))
+        batches = arrange(texts, self.config.max_tokens, self._batch_tokens(batch_tokens), self._split)
         return Work(made, texts, batches, np.zeros((count, self.config.hidden_size), np.float32))
 
-    def _compute(self, arrays: Arrays) -> Float[np.ndarray, "B P D"]:
-        return np.asarray(self._means(self.variables, *arrays))
+    def _stream(self, prepare: Callable[[Window], Work], windows: Iterator[Window]) -> Iterator[Work]:
+        return pipeline.stream(self._compute, prepare, windows, self.tokenizer.pad_id, in_order=self.mesh is not None)
+
+    def _compute(self, arrays: Arrays) -> Float[Array | np.ndarray, "B P D"]:
+        if self.mesh is None:
+            return np.asarray(self._means(self._held, *arrays))
+        with sharding.use(self.mesh):  # contexts belong to threads
+            placed = (sharding.put(self.mesh, array, axes) for array, axes in zip(arrays, _AXES, strict=True))
+            return self._means(self._held, *placed)
 
     def _tokenize(self, texts: list[str], truncate: Truncate, *, first: int = 0, offsets: bool = False) -> list[Tokens]:
         """Tokens of each text; a number `first` for messages."""
@@ -614,13 +640,17 @@ class Embedder:
 
     def _batch_tokens(self, batch_tokens: int | None) -> int:
         if batch_tokens is None:
-            return BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ACCELERATOR)
+            one = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ACCELERATOR)
+            return one * self._split.rows * self._split.tokens
         if batch_tokens < 1:
             raise ValueError(f"{batch_tokens=} must be at least 1")
         return batch_tokens
 
     def _window_characters(self, batch_tokens: int | None) -> int:
         return WINDOW_CHARACTERS * self._batch_tokens(batch_tokens)
+
+
+_AXES = ("B T", "B T", "B _", "B _ _")  # of `Arrays`
 
 
 def _means(

@@ -9,7 +9,8 @@ import numpy as np
 from jina_jax import hub
 from jina_jax.checkpoint import detect_layout, holds_pooler
 from jina_jax.config import TASKS, Config, read_json
-from jina_jax.tensors import TensorFiles, parameter_shapes
+from jina_jax.layouts import parameter_shapes
+from jina_jax.tensors import TensorFiles
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors spells them
 

@@ -8,8 +8,12 @@ or, for K, by the adapter file that the tensor comes from.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
+from typing import Any
+
+from jina_jax.config import Config
 
 # Every parameter of the model, with its axes. Also what sharding goes by.
 PARAMETERS = {
@@ -51,6 +55,33 @@ PARAMETERS = {
     "mlm_head/norm/bias": "D",
     "mlm_head/bias": "V",
 }
+
+
+def parameters(config: Config) -> list[str]:
+    """Those parameters that a model has, by path."""
+    return [
+        path
+        for path in PARAMETERS
+        if (config.tasks or "lora" not in path)
+        and (config.pooler or not path.startswith("pooler"))
+        and (config.mlm_head or not path.startswith("mlm_head"))
+    ]
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter that a model has, by path."""
+    size = config.axis_sizes
+    return {path: tuple(size[axis] for axis in PARAMETERS[path].split()) for path in parameters(config)}
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} to {"a": {"b": x}}, in the order of the table."""
+    tree: dict[str, Any] = {}
+    for path in PARAMETERS:
+        if path in leaves:
+            *parents, name = path.split("/")
+            functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = leaves[path]
+    return tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jina_jax.config import Config
+from jina_jax.sharding import constrain
 
 Adapters = Float[Array, "#B #T K"] | None
 
@@ -47,20 +49,24 @@ class LoRADense(nn.Module):
             Float32 [B, T, *outputs]: sums and nonlinearities that follow are done before anything is rounded.
         """
         config, i, o = self.config, self.inputs, self.outputs
-        size = axis_sizes(config)
+        size = config.axis_sizes
         fan_in, out = tuple(size[axis] for axis in i), tuple(size[axis] for axis in o)
         normal = nn.initializers.normal(config.initializer_range)
 
-        kernel = self.param("kernel", normal, fan_in + out, config.param_dtype)
+        def used(x: Array, axes: str) -> Array:
+            """A weight or an activation as the devices of a mesh need it: whole in D, split where heads and mlp are."""
+            return constrain(x, " ".join(axes).replace("D", "_"))
+
+        kernel = used(self.param("kernel", normal, fan_in + out, config.param_dtype), i + o)
         bias = self.param("bias", nn.initializers.zeros, out, config.param_dtype)
-        y = dot(f"BT{i},{i}{o}->BT{o}", x, kernel, config)
+        y = used(dot(f"BT{i},{i}{o}->BT{o}", x, kernel, config), f"BT{o}")
         y = y + bias.astype(jnp.float32).reshape((1, 1, *out))
         if not (self.adapted and wants_adapters(self, adapters)):
             return y
 
         stack = (size["K"], size["R"])
-        lora_a = self.param("lora_a", normal, fan_in + stack, config.param_dtype)
-        lora_b = self.param("lora_b", nn.initializers.zeros, stack + out, config.param_dtype)
+        lora_a = used(self.param("lora_a", normal, fan_in + stack, config.param_dtype), f"{i}KR")
+        lora_b = used(self.param("lora_b", nn.initializers.zeros, stack + out, config.param_dtype), f"KR{o}")
         if adapters is not None:
             x = nn.Dropout(config.lora_dropout)(x, deterministic=not train)
             h = dot(f"BT{i},{i}KR->BTKR", x, lora_a, config) * adapters[..., None]
@@ -83,8 +89,9 @@ class LoRAEmbed(nn.Module):
 
     def setup(self) -> None:
         """Declare the table, which the MLM head reads too, and its adapters."""
-        config, size = self.config, axis_sizes(self.config)
+        config, size = self.config, self.config.axis_sizes
         normal, zeros = nn.initializers.normal(config.initializer_range), nn.initializers.zeros
+        self.count = {"V": config.vocab_size, "Y": config.type_vocab_size}[self.rows]
         rows, stack = size[self.rows], (size["K"], size["R"])
         self.embedding = self.param("embedding", normal, (rows, size["D"]), config.param_dtype)
         if holds_adapters(self):
@@ -101,23 +108,50 @@ class LoRAEmbed(nn.Module):
         Returns:
             Float32 [B, T, D].
         """
-        y = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(jnp.float32)
+        # On a mesh every device looks up its part of the table (types have a whole one), for the rows of all devices
+        # that share it; then each gets what belongs to its own rows.
+        ids = constrain(jnp.where(ids < self.count, ids, self.embedding.shape[0]), "G T")
+        y = constrain(jnp.take(self.embedding, ids, axis=0, mode="fill"), "G T D" if self.rows == "V" else "G T _")
+        y = constrain(y, "B T _").astype(jnp.float32)
         if not wants_adapters(self, adapters) or adapters is None:
             return y
-        h = jnp.take(self.lora_a, ids, axis=0, mode="fill").astype(jnp.float32) * adapters[..., None]
+        h = constrain(jnp.take(self.lora_a, ids, axis=0, mode="fill"), "G T _ _")
+        h = constrain(h, "B T _ _").astype(jnp.float32) * adapters[..., None]
         return y + self.config.lora_scale * dot("BTKR,KRD->BTD", h, self.lora_b, self.config)
 
 
 def dot(pattern: str, x: Array, y: Array, config: Config) -> Float[Array, "..."]:
     """Einsum of operands in the compute type, accumulated in float32.
 
-    Float32 operands keep all their bits on every device: TPUs and recent GPUs would otherwise round them first.
+    Float32 operands keep all their bits on every device: TPUs and recent GPUs would otherwise round them first. The
+    second one may come `as_bits`.
     """
     dtype = jnp.dtype(config.dtype)
+    y = jax.lax.bitcast_convert_type(y, jnp.bfloat16) if y.dtype == jnp.uint16 else y
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.einsum(
         pattern, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def as_bits(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers' bfloat16 weights as integers of 16 bits, which `dot` takes as well, on the same memory.
+
+    XLA's CPU backend makes float32 copies of bfloat16 arrays before it cuts a layer out of them: of all layers, in
+    every call. Integers it cuts as they are.
+
+    Args:
+        variables: Variables of a model, on a CPU.
+
+    Returns:
+        Variables for `Model.apply`, not for anything else.
+    """
+
+    def held(path: tuple, x: Any) -> Any:
+        weight = path[1].key == "layers" and path[-1].key in ("kernel", "lora_a", "lora_b")
+        return jax.device_put(np.asarray(x).view(np.uint16)) if weight and x.dtype == jnp.bfloat16 else x
+
+    return jax.tree_util.tree_map_with_path(held, dict(variables))
 
 
 def holds_adapters(module: LoRADense | LoRAEmbed) -> bool:
@@ -130,23 +164,6 @@ def wants_adapters(module: LoRADense | LoRAEmbed, adapters: Adapters) -> bool:
     if adapters is not None and not holds_adapters(module):
         raise ValueError("a task was given, but these variables hold no adapters (merged already?); pass task=None")
     return adapters is not None or (module.is_initializing() and holds_adapters(module))
-
-
-def axis_sizes(config: Config) -> dict[str, int]:
-    """Size of every axis that parameters have, by its letter."""
-    return {
-        "V": config.vocab_size,
-        "Y": config.type_vocab_size,
-        "D": config.hidden_size,
-        "E": config.hidden_size,
-        "F": config.intermediate_size,
-        "J": 3,
-        "N": config.num_attention_heads,
-        "H": config.head_dim,
-        "K": len(config.tasks),
-        "R": config.lora_rank,
-        "L": config.num_hidden_layers,
-    }
 
 
 def merge(variables: Mapping[str, Any], task: str | int, config: Config | None = None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from jina_jax import pooling, rope
 from jina_jax.config import Config
 from jina_jax.kernels.attention import attention
 from jina_jax.lora import Adapters, LoRADense, LoRAEmbed, dot
+from jina_jax.sharding import constrain
 
 # What callers may pass: traced, on a device, or on the host.
 In = Array | np.ndarray
@@ -294,12 +295,14 @@ class MlmHead(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "B T D"], table: Float[Array, "rows D"]) -> Float[Array, "B T V"]:
         """Token vectors to scores over the vocabulary, float32."""
         x = LoRADense(self.config, "D", "E", adapted=False, name="dense")(x)
         x = LayerNorm(self.config, name="norm")(nn.gelu(x, approximate=False))
         bias = self.param("bias", nn.initializers.zeros, (table.shape[0],), self.config.param_dtype)
-        return dot("BTD,VD->BTV", x, table, self.config) + bias.astype(jnp.float32)[None, None]
+        scores = dot("BTD,VD->BTV", constrain(x, "B T _"), constrain(table, "V _"), self.config)
+        scores = constrain(scores, "B T V") + bias.astype(jnp.float32)[None, None]
+        return scores[:, :, : self.config.vocab_size]  # without the rows that nobody reads
 
 
 # What the backward pass keeps of each layer; see Config.remat.

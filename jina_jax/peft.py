@@ -11,7 +11,6 @@ from einops import rearrange
 
 from jina_jax import layouts
 from jina_jax.config import TASKS, Config, read_json
-from jina_jax.lora import axis_sizes
 from jina_jax.tensors import TensorFiles, match
 
 Stack = dict[str, np.ndarray]
@@ -169,7 +168,7 @@ def _read_one(folder: Path, config: Config) -> tuple[Stack, float, list[str]]:
     if problems:
         return {}, scale, problems
 
-    size, axes_of, stack = axis_sizes(config), _stack_axes(config), {}
+    size, axes_of, stack = config.axis_sizes, _stack_axes(config), {}
     with files.open(list(files.shapes)) as tensors:
         dtype = tensors[matches[0].name][...].dtype
         for path, axes in axes_of.items():

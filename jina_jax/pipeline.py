@@ -86,18 +86,21 @@ def windows(groups: Iterable[Iterable[T]], characters: int, length: Callable[[T]
 
 
 def stream(
-    compute: Callable[[Arrays], np.ndarray],
+    compute: Callable[[Arrays], Any],
     prepare: Callable[[Window[T]], Work],
     windows: Iterable[Window[T]],
     pad_id: int,
+    in_order: bool = False,
 ) -> Iterator[Work]:
     """Compute windows one after the other.
 
     Args:
-        compute: Means [B, P, D] of a batch; runs in threads.
+        compute: Means [B, P, D] of a batch, or an array on a device that will hold them; runs in threads.
         prepare: Makes work of a window; runs in a thread of its own.
         windows: The windows. If they end with an error, what came before it still comes out first.
         pad_id: Id that stands at padding.
+        in_order: Whether batches must be started one after the other. Programs that run on several devices must, in
+            the same order on each: they wait for each other.
 
     Returns:
         The works in order, with their results.
@@ -109,15 +112,16 @@ def stream(
         """Fetch until at most so many batches are running; give the works that are whole."""
         while len(running) > most:
             work, batch, means = running.popleft()
-            batching.collect(batch, work.texts, means.result(), work.vectors)
+            batching.collect(batch, work.texts, np.asarray(means.result()), work.vectors)
             left[0][1] -= 1
             while left and not left[0][1]:
                 yield left.popleft()[0]
 
-    def run(work: Work, batch: Batch) -> np.ndarray:
+    def run(work: Work, batch: Batch) -> Any:
         return compute(batching.fill(batch, work.texts, pad_id))
 
-    threads, works = ThreadPoolExecutor(AT_ONCE, "jina_jax-compute"), _ahead(prepare, windows)
+    threads = ThreadPoolExecutor(1 if in_order else AT_ONCE, "jina_jax-compute")
+    works = _ahead(prepare, windows)
     try:
         for work in works:
             left.append([work, len(work.batches)])

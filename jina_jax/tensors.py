@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +17,14 @@ from safetensors import SafetensorError, safe_open
 
 from jina_jax import layouts
 from jina_jax.config import Config, read_json
-from jina_jax.lora import axis_sizes
 
 CHUNK_BYTES = 4 << 20  # small enough for the allocator to reuse, rather than to fault in afresh
 TILE = 16  # elements of float32 in a cache line
 THREADS = min(8, os.cpu_count() or 1)
+
+Range = tuple[int, int]
+Box = tuple[Range, ...]
+Piece = tuple[tuple[slice, ...], dict[str, Range]]
 
 
 class CheckpointError(ValueError):
@@ -65,18 +70,6 @@ class Match:
     fixed: Mapping[str, int]
 
 
-def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter that a model of this configuration has, by path."""
-    size = axis_sizes(config)
-    return {
-        path: tuple(size[axis] for axis in axes.split())
-        for path, axes in layouts.PARAMETERS.items()
-        if (config.tasks or "lora" not in path)
-        and (config.pooler or not path.startswith("pooler"))
-        and (config.mlm_head or not path.startswith("mlm_head"))
-    }
-
-
 def match(
     layout: str, rules: Sequence[layouts.Rule], config: Config, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[Match], list[str]]:
@@ -91,7 +84,7 @@ def match(
     Returns:
         A match for every tensor that is needed, and every problem: missing (-), misshapen (!) and extra (+).
     """
-    size, matches, used = axis_sizes(config), [], set()
+    size, matches, used = config.axis_sizes, [], set()
     missing, misshapen = [], []
     found = {layouts.canonical(layout, name): name for name in shapes}
     for rule in rules:
@@ -115,49 +108,86 @@ def match(
 
 
 def fill(
-    shape: tuple[int, ...], dtype: np.dtype, matches: Sequence[Match], files: TensorFiles, config: Config
+    path: str, box: Box, dtype: np.dtype, matches: Sequence[Match], files: TensorFiles, config: Config
 ) -> np.ndarray:
-    """One parameter from its tensors, copied and converted in pieces of bounded size.
+    """A part of a parameter from its tensors, copied and converted in pieces of bounded size.
 
     Args:
-        shape: Shape of the parameter.
+        path: The parameter.
+        box: First index of the part, and the one after the last, of each axis; rows beyond the table are zeros.
         dtype: Type of the parameter.
         matches: All tensors that go there.
-        files: The files they are in.
-        config: The model's configuration.
+        files: The files they are in; nothing is read that the part does not need.
+        config: The configuration of what is stored.
 
     Returns:
-        The parameter, aligned so that a CPU device takes it over without a copy.
+        The part, aligned so that a CPU device takes it over without a copy.
     """
-    array = _aligned(shape, dtype)
+    size, axes = config.axis_sizes, layouts.PARAMETERS[path].split()
+    array = _aligned(tuple(stop - start for start, stop in box), dtype)
+    if any(stop > size[axis] for axis, (_, stop) in zip(axes, box, strict=True)):
+        array[...] = 0
+    bounds = {axis: (start, min(stop, size[axis])) for axis, (start, stop) in zip(axes, box, strict=True)}
+    matches = [
+        match for match in matches if all(bounds[axis][0] <= at < bounds[axis][1] for axis, at in match.fixed.items())
+    ]
     with files.open([match.name for match in matches]) as tensors, ThreadPoolExecutor(THREADS) as pool:
         jobs = [
-            pool.submit(_copy_rows, array, tensors[match.name], match, config, rows)
+            pool.submit(_copy, array, tensors[match.name], match, bounds, piece)
             for match in matches
-            for rows in _row_chunks(tensors[match.name], match.rule)
+            for piece in _pieces(match.rule.axes, bounds, size)
         ]
         for job in jobs:
             job.result()
     return array
 
 
-def _row_chunks(tensor: Any, rule: layouts.Rule) -> list[slice]:
-    """Cuts along the first axis, unless that axis is several joined, so that no piece is large."""
-    shape = tensor.get_shape()
-    if rule.axes.startswith("("):
-        return [slice(None)]
-    rows = max(1, CHUNK_BYTES // (4 * int(np.prod(shape[1:]))))
-    return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
+def _pieces(axes: str, bounds: Mapping[str, Range], size: Mapping[str, int]) -> Iterator[Piece]:
+    """Parts of a tensor that together are what is needed of it, none of them large."""
+    groups = layouts.groups(axes)
+    runs = [list(_runs(group, bounds, size)) for group in groups]
+    if len(groups[0]) == 1:
+        [(taken, (start, stop))] = [(cut, ranges[groups[0][0]]) for cut, ranges in runs[0]]
+        others = math.prod(cut.stop - cut.start for run in runs[1:] for cut, _ in run[:1])
+        rows = max(1, CHUNK_BYTES // (4 * max(1, others)))
+        cuts = [(first, min(first + rows, stop)) for first in range(start, taken.stop, rows)]
+        runs[0] = [(slice(*cut), {groups[0][0]: cut}) for cut in cuts]
+    for chosen in itertools.product(*runs):
+        ranges: dict[str, Range] = {}
+        for _, found in chosen:
+            ranges |= found
+        yield tuple(cut for cut, _ in chosen), ranges
 
 
-def _copy_rows(array: np.ndarray, tensor: Any, match: Match, config: Config, rows: slice) -> None:
-    """Copy some rows of a tensor into their place, converting the type on the way."""
+def _runs(
+    axes: list[str], bounds: Mapping[str, Range], size: Mapping[str, int]
+) -> Iterator[tuple[slice, dict[str, Range]]]:
+    """Stretches of an axis of a tensor, which several of ours may be joined to, that hold what is needed."""
+    parted = [at for at, axis in enumerate(axes) if bounds[axis] != (0, size[axis])]
+    last = parted[-1] if parted else 0
+    inner = math.prod(size[axis] for axis in axes[last + 1 :])
+    start, stop = bounds[axes[last]]
+    for at in itertools.product(*(range(*bounds[axis]) for axis in axes[:last])):
+        before = 0
+        for axis, index in zip(axes, at, strict=False):
+            before = before * size[axis] + index
+        before *= size[axes[last]]
+        ranges = {axis: (index, index + 1) for axis, index in zip(axes, at, strict=False)}
+        ranges |= {axis: bounds[axis] for axis in axes[last:]}
+        yield slice((before + start) * inner, (before + stop) * inner), ranges
+
+
+def _copy(array: np.ndarray, tensor: Any, match: Match, bounds: Mapping[str, Range], piece: Piece) -> None:
+    """Copy a piece of a tensor into its place, converting the type on the way."""
+    cuts, ranges = piece
     index, axes = layouts.region(match.rule.target, match.fixed)
-    region, pattern = array[index], f"{match.rule.axes} -> {axes}"
-    if rows != slice(None):
-        region = region[(slice(None),) * axes.split().index(match.rule.axes.split()[0]) + (rows,)]
-    sizes = layouts.joined_sizes(match.rule.axes, axis_sizes(config))
-    source = tensor[rows]
+    places = []
+    for axis, at in zip(layouts.PARAMETERS[match.rule.target].split(), index, strict=True):
+        first = bounds[axis][0]
+        places.append(at - first if isinstance(at, int) else slice(ranges[axis][0] - first, ranges[axis][1] - first))
+    region, pattern = array[tuple(places)], f"{match.rule.axes} -> {axes}"
+    sizes = layouts.joined_sizes(match.rule.axes, {axis: stop - start for axis, (start, stop) in ranges.items()})
+    source = tensor[cuts]
     turned = rearrange(source, pattern, **sizes)
     if region.ndim < 2 or turned.strides[-1] == turned.itemsize:
         region[...] = turned

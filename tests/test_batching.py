@@ -23,6 +23,7 @@ def make(lengths, means=None):
     return texts
 
 
+splits = st.builds(batching.Split, rows=st.sampled_from((1, 2, 8)), tokens=st.sampled_from((1, 4)))
 drawn = st.lists(st.integers(1, 300), max_size=200)
 arrangements = pytest.mark.parametrize("arrange", [batching.pack, batching.bucket])
 
@@ -32,14 +33,17 @@ arrangements = pytest.mark.parametrize("arrange", [batching.pack, batching.bucke
     lengths=drawn,
     max_tokens=st.sampled_from((300, 512, 8192)),
     batch_tokens=st.sampled_from((1, 100, 1024, 32_768)),
+    split=splits,
 )
-def test_every_text_is_in_one_row_that_holds_it(arrange, lengths, max_tokens, batch_tokens):
-    batches = arrange(make(lengths), max_tokens, batch_tokens)
+def test_every_text_is_in_one_row_that_holds_it(arrange, lengths, max_tokens, batch_tokens, split):
+    batches = arrange(make(lengths), max_tokens, batch_tokens, split)
     rows = [row for batch in batches for row in batch.members]
     assert sorted(itertools.chain.from_iterable(row.tolist() for row in rows)) == list(range(len(lengths)))
     for batch in batches:
         assert 1 <= len(batch.members) <= batch.rows
-        assert batch.rows == 1 or batch.rows * batch.length <= batch_tokens
+        assert batch.rows == split.rows or batch.rows * batch.length <= batch_tokens
+        assert batch.rows % split.rows == 0
+        assert batch.length % split.tokens == 0
         for row in batch.members:
             assert sum(lengths[i] for i in row) <= batch.length
             assert 1 <= len(row) <= batch.places
@@ -49,10 +53,12 @@ def test_every_text_is_in_one_row_that_holds_it(arrange, lengths, max_tokens, ba
     lengths=drawn,
     max_tokens=st.sampled_from((300, 512, 8192)),
     batch_tokens=st.sampled_from((1, 100, 1024, 32_768)),
+    split=splits,
 )
-def test_packed_shapes_are_those_promised(lengths, max_tokens, batch_tokens):
-    batches = batching.pack(make(lengths), max_tokens, batch_tokens)
-    assert {(batch.rows, batch.length) for batch in batches} <= set(batching.row_shapes(max_tokens, batch_tokens))
+def test_packed_shapes_are_those_promised(lengths, max_tokens, batch_tokens, split):
+    batches = batching.pack(make(lengths), max_tokens, batch_tokens, split)
+    shapes = {(batch.rows, batch.length) for batch in batches}
+    assert shapes <= set(batching.row_shapes(max_tokens, batch_tokens, split))
     assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
 
 
@@ -63,6 +69,10 @@ def test_the_number_of_shapes_that_is_documented():
     assert batching.row_shapes(8192, 32_768)[-2:] == [(1, 8192), (4, 8192)]
     assert batching.row_lengths(130, 1) == (64, 128, 130)
     assert batching.row_lengths(20, 1024) == (20,)
+    spread = batching.Split(rows=8, tokens=4)
+    assert len(batching.row_shapes(8192, 8 * 4 * 32_768, spread)) == 8
+    assert batching.row_shapes(8192, 8 * 4 * 32_768, spread)[-2:] == [(8, 8192), (128, 8192)]
+    assert batching.row_lengths(130, 1, spread) == (64, 128, 132)
 
 
 @pytest.mark.parametrize("batch_tokens", [1024, 32_768])

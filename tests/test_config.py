@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jina_jax import Config, Model
+from jina_jax.layouts import parameter_shapes
 from jina_jax.model import count_parameters
-from jina_jax.tensors import parameter_shapes
 
 XLM_ROBERTA_LARGE = {
     "architectures": ["XLMRobertaForMaskedLM"],

@@ -290,6 +290,26 @@ def test_what_is_no_text_is_named_by_position(embedder, texts):
 # ---- Loading ---------------------------------------------------------------------------------------------------
 
 
+def test_bfloat16_weights_are_held_once_and_cut_as_they_are():
+    model = jina_jax.Model(make_config(dtype="bfloat16", param_dtype="bfloat16"))
+    variables = random_variables(model)
+    embedder = jina_jax.Embedder(model, variables, load_tokenizer(MINI))
+    kernel = variables["params"]["layers"]["mlp"]["up"]["kernel"]
+    held = embedder._held["params"]["layers"]["mlp"]["up"]["kernel"]
+    assert held.dtype == np.uint16
+    assert held.unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer()
+    [batch] = batching.pack([batching.Text(*ONE)], 64, 64)
+    arrays = batching.fill(batch, [batching.Text(*ONE)], 1)
+    lowered = [embedder._means.lower(given, *arrays) for given in (embedder._held, variables)]
+    as_bits, as_numbers = (one.compile() for one in lowered)
+    assert "f32[2,64,128]" not in as_bits.as_text()
+    assert "f32[2,64,128]" in as_numbers.as_text(), "XLA no longer copies bfloat16 weights: as_bits can go"
+    np.testing.assert_array_equal(as_bits(embedder._held, *arrays), as_numbers(variables, *arrays))
+
+
+ONE = (np.arange(5, 37, dtype=np.int32), 2, np.array([[0, 32]]), np.array([0]), np.ones(1, np.float32))
+
+
 def test_loading_with_another_type(folder, embedder):
     rounded = jina_jax.Embedder.load(folder, dtype=jax.numpy.bfloat16)
     assert rounded.config.dtype == jax.numpy.bfloat16

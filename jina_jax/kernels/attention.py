@@ -4,17 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from jina_jax.kernels.common import Inputs, Rope
 from jina_jax.kernels.dropout import words_from_key
 from jina_jax.kernels.fused import FLASH_HEAD_DIMS, attend, default
 from jina_jax.kernels.sharded import attend_sharded
+from jina_jax.sharding import RULES, fitting, free_axes
 
 IMPLEMENTATIONS = ("reference", "blockwise", "flash")
-# Axes of a mesh in context (`jax.set_mesh`) over which the kernels split rows, heads and tokens.
-BATCH_AXES, HEAD_AXES, SEQUENCE_AXIS = ("data", "fsdp"), ("tensor",), "sequence"
 
 
 def attention(
@@ -85,23 +83,10 @@ def _split(implementation: str, rows: int, heads: int) -> dict[str, Any]:
     It can for plain XLA, but not for kernels, and not into a ring.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name
-        for name, type_ in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if type_ != AxisType.Manual and mesh.shape[name] > 1
-    }
-    sequence = SEQUENCE_AXIS if SEQUENCE_AXIS in free and implementation != "reference" else None
-
-    def dividing(axes: tuple[str, ...], count: int) -> tuple[str, ...]:
-        """Those axes over which so many can be split evenly, in order."""
-        chosen: list[str] = []
-        for name in axes:
-            if name in free and count % mesh.shape[name] == 0:
-                chosen.append(name)
-                count //= mesh.shape[name]
-        return tuple(chosen)
-
-    batch, head = dividing(BATCH_AXES, rows), dividing(HEAD_AXES, heads)
+    free = free_axes(mesh)
+    batch, head, tokens = (tuple(name for name in RULES[letter] if name in free) for letter in "BNT")
+    batch, head = fitting(mesh, batch, rows), fitting(mesh, head, heads)
+    sequence = tokens[0] if tokens and implementation != "reference" else None
     if sequence is None and (implementation != "flash" or not batch + head):
         return {}
     return {"mesh": mesh, "batch": batch or None, "head": head or None, "sequence": sequence}

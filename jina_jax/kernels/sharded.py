@@ -48,7 +48,7 @@ def sharded_attention(
         mesh: The mesh.
         batch: Its axes over which rows are split.
         head: Its axes over which heads are split; their product divides N.
-        sequence: Its axis over which tokens are split; its size divides T.
+        sequence: Its axis over which tokens are split, after padding if they are too few.
         segments: As in `attention`.
         rope: As in `attention`.
         dropout_rate: As in `attention`.
@@ -59,7 +59,7 @@ def sharded_attention(
         As `attention`, sharded like the queries.
 
     Raises:
-        ValueError: If heads or tokens cannot be split evenly.
+        ValueError: If rows or heads cannot be split evenly.
     """
     words = words_from_key(dropout_key, dropout_rate)
     inputs = Inputs(q, k, v, segments, segments, rope, words, heads, dropout_rate)
@@ -72,7 +72,7 @@ def attend_sharded(
 ) -> Float[Array, "B T D"]:
     """`attend` on a mesh; `sharded_attention` has the arguments."""
     B, T, _ = inputs.q.shape
-    over = {"rows": (B, batch), "heads": (inputs.heads, head), "tokens": (T, sequence)}
+    over = {"rows": (B, batch), "heads": (inputs.heads, head)}
     for what, (count, axes) in over.items():
         if count % _size(mesh, axes):
             devices = f"mesh axes {axes} of {_size(mesh, axes)} devices"
@@ -80,6 +80,7 @@ def attend_sharded(
     if sequence is not None and implementation == "reference":
         raise ValueError("'reference' holds all scores at once and has no ring; use 'blockwise' or 'flash'")
 
+    inputs = _with_padding(inputs, -T % _size(mesh, sequence))
     rope = inputs.rope
     vectors, ids = PartitionSpec(batch, sequence, head), PartitionSpec(batch, sequence)
     table = None if rope is None else PartitionSpec(batch if rope[0].shape[0] == B and B > 1 else None, sequence)
@@ -97,7 +98,21 @@ def attend_sharded(
         here = Inputs(q, k, v, segments, segments, rope, words, local, inputs.rate)
         return attend(here, implementation) if sequence is None else ring_attention(here, implementation, sequence)
 
-    return run(inputs.q, inputs.k, inputs.v, inputs.q_segments, rope, inputs.words)
+    return run(inputs.q, inputs.k, inputs.v, inputs.q_segments, rope, inputs.words)[:, :T]
+
+
+def _with_padding(inputs: Inputs, count: int) -> Inputs:
+    """So many tokens more, which nobody sees."""
+    if not count:
+        return inputs
+    segments = jnp.ones(inputs.q.shape[:2], jnp.int32) if inputs.q_segments is None else inputs.q_segments
+
+    def longer(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, count), *((0, 0),) * (x.ndim - 2)))
+
+    rope = None if inputs.rope is None else (longer(inputs.rope[0]), longer(inputs.rope[1]))
+    q, k, v, segments = map(longer, (inputs.q, inputs.k, inputs.v, segments))
+    return Inputs(q, k, v, segments, segments, rope, inputs.words, inputs.heads, inputs.rate)
 
 
 def ring_attention(inputs: Inputs, implementation: str, axis: str) -> Float[Array, "B T D"]:

@@ -70,8 +70,7 @@ def write_checkpoints(directory: Path, layouts: tuple[str, ...]) -> None:
     import jax
 
     from jina_jax import Config, Model, save
-    from jina_jax.checkpoint import _nest
-    from jina_jax.tensors import parameter_shapes
+    from jina_jax.layouts import nest, parameter_shapes
 
     config = Config(param_dtype=ml_dtypes.bfloat16)
     rng = np.random.default_rng(0)
@@ -79,7 +78,7 @@ def write_checkpoints(directory: Path, layouts: tuple[str, ...]) -> None:
         for layout in layouts:
             if not (directory / layout).exists():
                 leaves = {path: random_bfloat16(rng, shape) for path, shape in parameter_shapes(config).items()}
-                save(directory / layout, Model(config), {"params": _nest(leaves)}, layout=layout)
+                save(directory / layout, Model(config), {"params": nest(leaves)}, layout=layout)
 
 
 def random_bfloat16(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
