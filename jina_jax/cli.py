@@ -179,9 +179,11 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )
     _option(corpus, "--output", "directory or URL to write to", metavar="DIR")
     _option(corpus, "--text-column", "column, or key, of the text (default: text)", default="text", metavar="NAME")
-    ids = "of the id, a string or whole number (default: id, where there is one; otherwise ids are INPUT:ROW)"
+    ids = "of the id, a string or whole number (default: id, where there is one; without one ids are INPUT:ROW)"
     _option(corpus, "--id-column", ids, metavar="NAME")
-    _option(corpus, "--task-column", "of the task of each row (default: task, where there is one)", metavar="NAME")
+    _option(
+        corpus, "--task-column", "of the row's task (default: task, where there is one; '' for none)", metavar="NAME"
+    )
     _encoding_options(corpus)
     _option(corpus, "--ranges", "for int8: least and largest value of each dimension, [2, E]", metavar="FILE.npy")
     _option(corpus, "--shard-rows", "rows of a shard (default: 8192)", type=_positive, default=8192, metavar="N")
@@ -347,7 +349,7 @@ def _embed_corpus(args: argparse.Namespace) -> None:
         )
         model = corpus.describe_model(args.model or "mini", directory)
         with _termination():
-            done = corpus.run(job, Embedder.load(directory, dtype=args.dtype), model, args.dtype)
+            done = corpus.run(job, Embedder.load(directory, dtype=args.dtype, mesh=_local_mesh()), model)
         if process == 0:
             _print(done)
     if args.verify and process == 0:
@@ -368,11 +370,29 @@ def _place(args: argparse.Namespace) -> tuple[int, int]:
     # Shards are shared out by number; nothing else is needed where the numbers are given.
     if args.coordinator is None and args.process_id is not None:
         return args.process_id, args.num_processes
+    import jax
+
+    from jina_jax import distributed
+
     try:
-        from jina_jax import distributed  # type: ignore[attr-defined]
-    except ImportError:
-        return 0, 1
-    return distributed.start(*given)
+        process, processes = distributed.start(*given)
+    except RuntimeError as error:
+        if args.coordinator is None and "must be called before" in str(error):
+            return 0, 1  # where JAX is in use already, this is no process that a cluster has started
+        raise
+    if processes > 1:
+        jax.distributed.shutdown()  # the numbers are all that is needed: nobody shall fall with another
+    return process, processes
+
+
+def _local_mesh() -> Any:
+    """All devices of this process; None if there is but one."""
+    import jax
+
+    from jina_jax import sharding
+
+    devices = jax.local_devices()
+    return sharding.make_mesh(devices=devices) if len(devices) > 1 else None
 
 
 def _ranges(name: str | None) -> np.ndarray | None:

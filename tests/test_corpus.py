@@ -23,7 +23,7 @@ from jina_jax.corpus import inputs, plan, progress, shards, store, verification
 from jina_jax.records import HOST, whole_file
 
 EMBEDDERS = {}
-LOAD = jina_jax.Embedder.load
+LOAD, LOCAL_MESH = jina_jax.Embedder.load, cli._local_mesh
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,11 @@ def _environment(monkeypatch, tmp_path):
     monkeypatch.setenv("JINA_JAX_CACHE", "off")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "_local_mesh", lambda: None)
 
-    def load(name, dtype="float32"):
-        key = Path(name).resolve(), dtype
-        return EMBEDDERS.get(key) or EMBEDDERS.setdefault(key, LOAD(name, dtype=dtype))
+    def load(name, dtype="float32", mesh=None):
+        key = Path(name).resolve(), dtype, mesh
+        return EMBEDDERS.get(key) or EMBEDDERS.setdefault(key, LOAD(name, dtype=dtype, mesh=mesh))
 
     monkeypatch.setattr(jina_jax.Embedder, "load", load)
 
@@ -176,6 +177,7 @@ def test_tasks(done, small):
             ([], ["separation", None]),
             (["--task", "retrieval.query"], ["separation", "retrieval.query"]),
             (["--task-column", "kind"], ["text-matching", "classification"]),
+            (["--task-column", "", "--task", "retrieval.passage"], ["retrieval.passage", "retrieval.passage"]),
         )
     ):
         expected = embedder.encode(["a", "b"] * 2, task=tasks * 2)
@@ -221,7 +223,8 @@ def test_chunks(done, small):
     embedder = jina_jax.Embedder.load(small)
     texts = ["One two. Three four. Five.", "", "Six.", " ", "of. " * 60, "Seven. Eight."]
     tasks = ["separation", None, None, "separation", None, "retrieval.passage"]
-    records = [{"id": f"d{n}", "text": text, "task": task} for n, (text, task) in enumerate(zip(texts, tasks))]  # noqa: B905
+    pairs = enumerate(zip(texts, tasks, strict=True))
+    records = [{"id": f"d{number}", "text": text, "task": task} for number, (text, task) in pairs]
     table = done(corpora.write("c.jsonl", records), "--chunks", "sentences", "--shard-rows", "4", "--verify")
     assert table.column_names == ["id", "chunk", "start", "end", "status", "embedding"]
     expected = [
@@ -246,6 +249,15 @@ def test_output_within_input(done):
     first = done(".", output="out")
     Path("out/shards/000000.parquet").unlink()
     assert done(".", "--resume", output="out").equals(first)
+
+
+def test_all_devices_of_a_process(monkeypatch, done, small):
+    monkeypatch.setattr(cli, "_local_mesh", LOCAL_MESH)
+    table = done(corpora.write("c.jsonl", RECORDS), "--task", "retrieval.passage")
+    [split] = [embedder for (_, _, mesh), embedder in EMBEDDERS.items() if mesh is not None]
+    assert split.mesh.size == 8
+    expected = jina_jax.Embedder.load(small).encode([one["text"] for one in RECORDS], task="retrieval.passage")
+    assert_close(numbers(table), expected, EMBEDDING)
 
 
 def test_an_empty_corpus(embed):
@@ -444,6 +456,19 @@ def test_progress(monkeypatch, capsys):
     assert set(told[0].seen) == {0, 1}
 
 
+def test_a_bar_at_a_terminal(monkeypatch, embed, corpus):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, out, err = embed(*corpus)
+    assert code == 0
+    assert "98/98" in err
+    assert out.startswith("out: 98 rows; in this run 98 rows, ")
+    Path("out/shards/000000.parquet").unlink()
+    code, out, err = embed(*corpus, "--resume")
+    assert "| 89/98" in err
+    assert "98/98" in err
+    assert out.startswith("out: 98 rows; in this run 9 rows, ")
+
+
 def test_a_process_that_fell_silent_is_missed(monkeypatch, embed, fails, corpus):
     """A process that told something in this run and left shards undone has died."""
     assert embed(*corpus, "--num-processes", "2", "--process-id", "0")[0] == 0
@@ -522,6 +547,25 @@ def test_a_full_disk(monkeypatch, done, fails, corpus, name, call):
     assert corpora.files("out") == corpora.files("whole")
 
 
+def test_a_write_that_fails_in_the_middle(done, corpus, small):
+    """Files of at most 4 KiB: a real error of the system, half-way through a shard."""
+    done(*corpus, output="whole")
+    command = [sys.executable, "-m", "jina_jax", "embed-corpus", *corpus, "--output", "out", "--model", small]
+    environment = os.environ | {"PYTHONPATH": str(corpora.MINI.parent.parent), "JINA_JAX_NUM_PROCESSES": "1"}
+    failed = subprocess.run(
+        ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *command, "--process-id", "0"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "out/shards/000000.parquet: File too large; what is finished is kept" in failed.stderr
+    assert os.listdir("out/shards") == []
+    done(*corpus, "--resume")
+    assert corpora.files("out") == corpora.files("whole")
+
+
 def test_a_directory_that_cannot_be_written(monkeypatch, done, fails, corpus):
     done(*corpus, output="whole")
     read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), "out")
@@ -596,7 +640,9 @@ def test_columns_that_are_not_there(fails):
         assert f"no column 'text'; {there}" in fails(name)
         assert f"no column 'id'; {there}" in fails(name, "--text-column", "body", "--id-column", "id")
         assert f"no column 'kind'; {there}" in fails(name, "--text-column", "body", "--task-column", "kind")
-        assert "unknown task 'nope'" in fails(name, "--text-column", "body")
+        message = fails(name, "--text-column", "body")
+        assert "unknown task 'nope'" in message
+        assert "--task-column names another column, or '' none" in message
     assert "column 'number' holds int64, but must hold strings" in fails("c.parquet", "--text-column", "number")
     message = fails("c.parquet", "--text-column", "body", "--id-column", "key")
     assert "column 'key' holds double, but must hold strings or whole numbers" in message

@@ -19,6 +19,7 @@ ENDINGS = LINES + RECORDS + PARQUET
 _STAMPS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created")
 
 
+OTHER_COLUMN = "--task-column names another column, or '' none"
 Check = Callable[[str | None], None]
 
 
@@ -28,13 +29,18 @@ class Columns:
 
     Attributes:
         text: The text.
-        id: The id; None means "id", where there is one.
-        task: The task; None means "task", where there is one.
+        id: The id; None means "id", where there is one, and "" none.
+        task: The task; None means "task", where there is one, and "" none.
     """
 
     text: str = "text"
     id: str | None = None
     task: str | None = None
+
+    def names(self) -> dict[str, str]:
+        """The column of each role."""
+        wanted = {"text": self.text, "id": self.id, "task": self.task}
+        return {role: role if name is None else name for role, name in wanted.items()}
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def check_columns(there: Sequence[str], columns: Columns, where: str) -> None:
         InputError: If one is missing; lists those that there are.
     """
     for name in (columns.text, columns.id, columns.task):
-        if name is not None and name not in there:
+        if name and name not in there:
             raise InputError(f"{where}: no column {name!r}; there are: {', '.join(there)}")
 
 

@@ -56,14 +56,13 @@ class Job:
     processes: int = 1
 
 
-def run(job: Job, embedder: Embedder, model: Mapping[str, Any], dtype: str) -> str:
+def run(job: Job, embedder: Embedder, model: Mapping[str, Any]) -> str:
     """Embed the shards of this process; process 0 then waits for the others.
 
     Args:
         job: What to do.
         embedder: The model.
         model: What `plan.describe_model` says of it.
-        dtype: The type that it computes in.
 
     Returns:
         A line that says what was done.
@@ -86,28 +85,10 @@ def run(job: Job, embedder: Embedder, model: Mapping[str, Any], dtype: str) -> s
     store = Store(job.output)
     sources = {source.name: source for source in find(job.inputs, store.fs.unstrip_protocol(store.root))}
     store.make()
-    ranges = options["ranges"]
-    head = {
-        "model": dict(model),
-        "options": options
-        | {"columns": dataclasses.asdict(job.columns), "chunks": job.chunker, "dtype": dtype}
-        | {"ranges": None if ranges is None else hashlib.sha256(ranges.tobytes()).hexdigest()},
-        "shard_rows": job.shard_rows,
-    }
+    head = {"model": dict(model), "options": _options(job, embedder), "shard_rows": job.shard_rows}
     manifest = plan.settle(store, [*sources.values()], head, check, resume=job.resume, process=job.process)
-
     identity = plan.identity(manifest)
-    missing = _missing(store, manifest)
-    mine = [shard for shard in plan.shards(manifest) if shard.number % job.processes == job.process]
-    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
-        whole = pool.map(
-            lambda one: one.number not in missing and isinstance(shards.facts(store, one, identity), dict), mine
-        )
-        todo = [shard for shard, done in zip(mine, whole, strict=True) if not done]
-    missing |= {shard.number for shard in todo}
-    before = [0] * job.processes
-    for shard in plan.shards(manifest):
-        before[shard.number % job.processes] += shard.part.rows * (shard.number not in missing)
+    todo, before = _left(job, store, manifest, identity)
 
     usage, total = Usage(), sum(entry["rows"] for entry in manifest["inputs"])
     told = Progress(store, job.process, before, total, usage)
@@ -123,6 +104,35 @@ def run(job: Job, embedder: Embedder, model: Mapping[str, Any], dtype: str) -> s
         f"{store.url}: {total:,} rows; in this run {counts['rows']:,} rows, {counts['tokens']:,} tokens, "
         f"{counts['truncated']:,} texts cut, {rate:,.0f} rows/s{note}"
     )
+
+
+def _options(job: Job, embedder: Embedder) -> dict[str, Any]:
+    """All that results depend on besides the model and the inputs, as it stands in the manifest."""
+    ranges = job.encode["ranges"]
+    return job.encode | {
+        "ranges": None if ranges is None else hashlib.sha256(ranges.tobytes()).hexdigest(),
+        "task": job.task,
+        "columns": dataclasses.asdict(job.columns),
+        "chunks": job.chunker,
+        "dtype": str(embedder.config.dtype),
+    }
+
+
+def _left(job: Job, store: Store, manifest: plan.Manifest, identity: str) -> tuple[list[Shard], list[int]]:
+    """The shards that this process has to do, and how many rows are done already, by process."""
+    missing = _missing(store, manifest)
+    mine = [shard for shard in plan.shards(manifest) if shard.number % job.processes == job.process]
+
+    def whole(shard: Shard) -> bool:
+        return shard.number not in missing and isinstance(shards.facts(store, shard, identity), dict)
+
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        todo = [shard for shard, done in zip(mine, pool.map(whole, mine), strict=True) if not done]
+    missing |= {shard.number for shard in todo}
+    before = [0] * job.processes
+    for shard in plan.shards(manifest):
+        before[shard.number % job.processes] += shard.part.rows * (shard.number not in missing)
+    return todo, before
 
 
 def _embedded(

@@ -11,7 +11,19 @@ from typing import Any
 import pyarrow as pa
 
 from jina_jax import records
-from jina_jax.corpus.inputs import LINES, Check, Columns, Part, Row, Scan, Source, check_columns, ended, row_id
+from jina_jax.corpus.inputs import (
+    LINES,
+    OTHER_COLUMN,
+    Check,
+    Columns,
+    Part,
+    Row,
+    Scan,
+    Source,
+    check_columns,
+    ended,
+    row_id,
+)
 from jina_jax.records import InputError
 
 PACKED = {".gz": "gzip", ".zst": "zstd"}
@@ -33,7 +45,7 @@ def scan(source: Source, columns: Columns, shard_rows: int, check: Check) -> Sca
                 try:
                     check(row.task)
                 except ValueError as error:
-                    raise InputError(f"{source.path}:{number}: {error}") from error
+                    raise InputError(f"{source.path}:{number}: {error}; {OTHER_COLUMN}") from error
                 count += 1
             offset += len(line)
     return Scan(count, digest.hexdigest(), starts)
@@ -82,8 +94,7 @@ def _row(source: Source, columns: Columns, default: str | None, line: bytes, num
     where, first = f"{source.path}:{number}", number == 1
     if _is_plain(source):
         return Row(f"{source.name}:{row}", records.decode(line, where, first=first), default)
-    id, task = columns.id or "id", columns.task or "task"
-    found = records.parse_record(line, where, default, first=first, text=columns.text, id=id, task=task)
+    found = records.parse_record(line, where, default, first=first, **columns.names())
     return Row(row_id(found.id, source, row, where), found.text, found.task)
 
 

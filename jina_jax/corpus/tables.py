@@ -9,7 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jina_jax.corpus.inputs import PARQUET, Check, Columns, Part, Row, Scan, Source, check_columns, ended, row_id
+from jina_jax.corpus.inputs import (
+    OTHER_COLUMN,
+    PARQUET,
+    Check,
+    Columns,
+    Part,
+    Row,
+    Scan,
+    Source,
+    check_columns,
+    ended,
+    row_id,
+)
 from jina_jax.records import InputError
 
 BATCH_ROWS = 256
@@ -103,8 +115,7 @@ def _arrow_batches(handle: Any, columns: Columns, parts: Sequence[Part]) -> Iter
 
 def _names(schema: pa.Schema, columns: Columns) -> dict[str, str | None]:
     """The columns to read; None for those that are not there."""
-    wanted = {"text": columns.text, "id": columns.id or "id", "task": columns.task or "task"}
-    return {role: name if name in schema.names else None for role, name in wanted.items()}
+    return {role: name if name in schema.names else None for role, name in columns.names().items()}
 
 
 def _check_schema(schema: pa.Schema, columns: Columns, source: Source) -> dict[str, str | None]:
@@ -137,4 +148,4 @@ def _check_tasks(tasks: Any, check: Check, source: Source) -> None:
         try:
             check(task)
         except ValueError as error:
-            raise InputError(f"{source.path}: {error}; another column may be meant (--task-column)") from error
+            raise InputError(f"{source.path}: {error}; {OTHER_COLUMN}") from error

@@ -85,7 +85,7 @@ def embed(source: Path, output: Path, embedder: jina_jax.Embedder, name: str) ->
     encode = {"dimensions": None, "normalize": True, "precision": "float32", "ranges": None}
     encode |= {"prompts": True, "truncate": True, "batch_tokens": None}
     job = corpus.Job([str(source)], str(output), corpus.Columns(), None, None, encode)
-    corpus.run(job, embedder, corpus.describe_model(name, hub.find(name)), "float32")
+    corpus.run(job, embedder, corpus.describe_model(name, hub.find(name)))
 
 
 if __name__ == "__main__":
