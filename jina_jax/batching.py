@@ -41,13 +41,13 @@ class Arrays(NamedTuple):
     Attributes:
         tokens: Token ids, int32 [B, T], padding at the end of a row.
         segments: 0 for padding, p for the tokens of the row's p-th text, int32 [B, T].
-        task: Adapter of each text, -1 for none, int32 [B, P].
+        task: Adapter of each text, -1 for none, int32 [B, P]; None if no text of the whole call has one.
         spans: First token of the row and the one after the last of each mean, int32 [B, P, 2].
     """
 
     tokens: np.ndarray
     segments: np.ndarray
-    task: np.ndarray
+    task: np.ndarray | None
     spans: np.ndarray
 
 
@@ -249,13 +249,14 @@ def bucket(texts: Sequence[Text], max_tokens: int, batch_tokens: int, split: Spl
     return batches
 
 
-def fill(batch: Batch, texts: Sequence[Text], pad_id: int) -> Arrays:
+def fill(batch: Batch, texts: Sequence[Text], pad_id: int, adapters: bool = True) -> Arrays:
     """The arrays of one batch.
 
     Args:
         batch: One of `pack` or `bucket`.
         texts: All texts that these were given.
         pad_id: Id that stands at padding.
+        adapters: Whether any text may have a task.
 
     Returns:
         The arrays.
@@ -264,7 +265,7 @@ def fill(batch: Batch, texts: Sequence[Text], pad_id: int) -> Arrays:
     arrays = Arrays(
         np.full((B, T), pad_id, np.int32),
         np.zeros((B, T), np.int32),
-        np.full((B, P), -1, np.int32),
+        np.full((B, P), -1, np.int32) if adapters else None,
         np.zeros((B, P, 2), np.int32),
     )
     for row, members in enumerate(batch.members):
@@ -273,7 +274,8 @@ def fill(batch: Batch, texts: Sequence[Text], pad_id: int) -> Arrays:
         starts, used = np.cumsum(lengths) - lengths, int(lengths.sum())
         arrays.tokens[row, :used] = np.concatenate([text.ids for text in here])
         arrays.segments[row, :used] = np.repeat(np.arange(1, len(here) + 1), lengths)
-        arrays.task[row, : len(here)] = [text.task for text in here]
+        if arrays.task is not None:
+            arrays.task[row, : len(here)] = [text.task for text in here]
         spans = np.concatenate([text.spans + start for text, start in zip(here, starts, strict=True)])
         arrays.spans[row, : len(spans)] = spans
     return arrays

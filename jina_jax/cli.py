@@ -374,12 +374,7 @@ def _place(args: argparse.Namespace) -> tuple[int, int]:
 
     from jina_jax import distributed
 
-    try:
-        process, processes = distributed.start(*given)
-    except RuntimeError as error:
-        if args.coordinator is None and "must be called before" in str(error):
-            return 0, 1  # where JAX is in use already, this is no process that a cluster has started
-        raise
+    process, processes = distributed.start(*given)
     if processes > 1:
         jax.distributed.shutdown()  # the numbers are all that is needed: nobody shall fall with another
     return process, processes

@@ -1,5 +1,7 @@
 """Several processes as one job, with the engine that JAX has."""
 
+import re
+
 import jax
 
 
@@ -26,10 +28,12 @@ def start(
         raise ValueError(f"coordinator, num_processes and process_id belong together; missing: {', '.join(missing)}")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"{process_id=} must be at least 0 and less than {num_processes=}")
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except ValueError as error:
-        if coordinator is None and "coordinator_address" in str(error):  # no cluster found
-            return 0, 1
-        raise
+    if not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        except (ValueError, RuntimeError) as error:
+            # No cluster is found; or JAX is in use already, which no process is that a cluster has just started.
+            if coordinator is None and re.search("coordinator_address|must be called before", str(error)):
+                return 0, 1
+            raise
     return jax.process_index(), jax.process_count()

@@ -228,6 +228,7 @@ class Embedder:
         done = 0
         works = self._texts(
             [self._with_tasks(texts, task)],
+            adapters=task is not None,
             prompts=prompts,
             truncate=truncate,
             batch_tokens=batch_tokens,
@@ -284,6 +285,7 @@ class Embedder:
         output = self._output(dimensions, normalize, precision, ranges)
         works = self._texts(
             [self._with_tasks(texts, task)],
+            adapters=task is not None,
             prompts=prompts,
             truncate=truncate,
             batch_tokens=batch_tokens,
@@ -404,6 +406,7 @@ class Embedder:
         output = self._output(dimensions, normalize, precision, ranges)
         works = self._documents(
             [((*_with_chunks(item), name) for item, name in self._with_tasks(documents, task))],
+            adapters=task is not None,
             chunker=chunker,
             prompts=prompts,
             pool_specials=pool_specials,
@@ -500,10 +503,12 @@ class Embedder:
                 yield found
                 found = []
 
-    def warmup(self, *, batch_tokens: int | None = None) -> int:
+    def warmup(self, *, adapters: bool = True, batch_tokens: int | None = None) -> int:
         """Compile every program that texts can need, so that no later call has to wait for one.
 
         Args:
+            adapters: Whether texts will have tasks. Calls with `task=None` have programs of their own, which know no
+                adapters; `task=[None, ...]` uses the others.
             batch_tokens: As in the calls to come.
 
         Returns:
@@ -512,13 +517,14 @@ class Embedder:
         shapes = batching.row_shapes(self.config.max_tokens, self._batch_tokens(batch_tokens), self._split)
         for rows, length in shapes:
             nothing = batching.Batch((), rows, length, batching.row_places(length))
-            jax.block_until_ready(self._compute(batching.fill(nothing, [], self.tokenizer.pad_id)))
+            jax.block_until_ready(self._compute(batching.fill(nothing, [], self.tokenizer.pad_id, adapters)))
         return len(shapes)
 
     def _texts(
         self,
         groups: Iterable[Iterable[tuple[str, str | None]]],
         *,
+        adapters: bool = True,
         prompts: bool = True,
         truncate: Truncate = True,
         batch_tokens: int | None = None,
@@ -535,7 +541,7 @@ class Embedder:
             made: list[Text] = []
             for index, (one, task_id) in enumerate(zip(tokens, task_ids, strict=True)):
                 made += chunking.cut(one.ids, int(task_id), np.array([[0, len(one.ids)]]), index, size, overlap)
-            return self._work(tokens, made, len(tokens), batch_tokens, pack)
+            return self._work(tokens, made, len(tokens), batch_tokens, pack, adapters)
 
         windows = pipeline.windows(
             map(_checked, groups), self._window_characters(batch_tokens), lambda pair: len(pair[0])
@@ -549,6 +555,7 @@ class Embedder:
         self,
         groups: Iterable[Iterable[tuple[str | None, Given | None, str | None]]],
         *,
+        adapters: bool = True,
         chunker: Chunker | None = None,
         prompts: bool = True,
         pool_specials: bool = True,
@@ -575,7 +582,7 @@ class Embedder:
                 texts += chunking.cut(one.ids, int(task_id), taken, total, size, overlap)
                 parts.append((spans, taken, status, one))
                 total += len(spans)
-            return self._work(parts, texts, total, batch_tokens, pack=True)
+            return self._work(parts, texts, total, batch_tokens, True, adapters)
 
         windows = pipeline.windows(groups, self._window_characters(batch_tokens), _document_length)
         for work in self._stream(prepare, windows):
@@ -592,19 +599,23 @@ class Embedder:
             pairs = zip(items, task, strict=True)
         return pairs
 
-    def _work(self, made: list, texts: list[Text], count: int, batch_tokens: int | None, pack: bool) -> Work:
+    def _work(
+        self, made: list, texts: list[Text], count: int, batch_tokens: int | None, pack: bool, adapters: bool
+    ) -> Work:
         arrange = batching.pack if pack else batching.bucket
         batches = arrange(texts, self.config.max_tokens, self._batch_tokens(batch_tokens), self._split)
-        return Work(made, texts, batches, np.zeros((count, self.config.hidden_size), np.float32))
+        return Work(made, texts, batches, np.zeros((count, self.config.hidden_size), np.float32), adapters)
 
     def _stream(self, prepare: Callable[[Window], Work], windows: Iterator[Window]) -> Iterator[Work]:
         return pipeline.stream(self._compute, prepare, windows, self.tokenizer.pad_id, in_order=self.mesh is not None)
 
     def _compute(self, arrays: Arrays) -> Float[Array | np.ndarray, "B P D"]:
+        arrays = arrays if self.config.tasks else arrays._replace(task=None)
         if self.mesh is None:
             return np.asarray(self._means(self._held, *arrays))
+        pairs = zip(arrays, _AXES, strict=True)
+        placed = [None if array is None else sharding.put(self.mesh, array, axes) for array, axes in pairs]
         with sharding.use(self.mesh):  # contexts belong to threads
-            placed = (sharding.put(self.mesh, array, axes) for array, axes in zip(arrays, _AXES, strict=True))
             return self._means(self._held, *placed)
 
     def _tokenize(self, texts: list[str], truncate: Truncate, *, first: int = 0, offsets: bool = False) -> list[Tokens]:
@@ -658,11 +669,11 @@ def _means(
     variables: Mapping[str, Any],
     tokens: Int[Array, "B T"],
     segments: Int[Array, "B T"],
-    task: Int[Array, "B P"],
+    task: Int[Array, "B P"] | None,
     spans: Int[Array, "B P 2"],
 ) -> Float[Array, "B P D"]:
     """The only output that is needed; the compiler drops the others."""
-    output: Any = model.apply(variables, tokens, task=task, segments=segments)
+    output: Any = model.apply(variables, tokens, task=task, segments=segments, num_texts=spans.shape[1])
     return pooling.mean_pool_spans(output.hidden, spans)
 
 

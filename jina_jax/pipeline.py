@@ -47,6 +47,7 @@ class Work:
         texts: Its texts.
         batches: Their batches.
         vectors: Results, float32 [n, D], whole when the work comes out of `stream`.
+        adapters: Whether any text of the call may have a task.
         ends: Whether a group ends with it.
     """
 
@@ -54,6 +55,7 @@ class Work:
     texts: list[Text]
     batches: list[Batch]
     vectors: np.ndarray
+    adapters: bool = True
     ends: bool = False
 
 
@@ -118,7 +120,7 @@ def stream(
                 yield left.popleft()[0]
 
     def run(work: Work, batch: Batch) -> Any:
-        return compute(batching.fill(batch, work.texts, pad_id))
+        return compute(batching.fill(batch, work.texts, pad_id, work.adapters))
 
     threads = ThreadPoolExecutor(1 if in_order else AT_ONCE, "jina_jax-compute")
     works = _ahead(prepare, windows)

@@ -17,6 +17,7 @@ from test_chunking import Characters
 from test_embedder import MINI, TASKS, draw_texts, make_config
 
 import jina_jax
+from jina_jax import batching
 
 
 class Words(Characters):
@@ -166,11 +167,30 @@ def test_interruption_stops_at_once_and_what_was_given_is_right():
 
 def test_warmup_compiles_everything_that_texts_need(embedder):
     fresh = jina_jax.Embedder(embedder.model, embedder.variables, embedder.tokenizer)
-    assert fresh.warmup() == fresh._means._cache_size() == 2  # one row of 128 = max_tokens, and eight of these
+    assert fresh.warmup() == fresh.programs == 2  # one row of 128 = max_tokens, and eight of these
     rng = np.random.default_rng(0)
     for seed in range(10):
-        fresh.encode(draw_texts(int(rng.integers(1, 60)), seed, longest=80))
-    assert fresh._means._cache_size() == 2
+        texts = draw_texts(int(rng.integers(1, 60)), seed, longest=80)
+        fresh.encode(texts, task=TASKS[1:][seed % 5])
+        fresh.encode(texts, task=[None] * len(texts))
+        list(fresh.encode_groups([texts]))
+    assert fresh.programs == 2
+    assert fresh.warmup(adapters=False) == 2
+    fresh.encode(texts)
+    list(fresh.encode_documents(texts, chunker=8, task=None))
+    assert fresh.programs == 4
+
+
+def test_without_a_task_there_is_no_trace_of_adapters(embedder):
+    texts = draw_texts(9)
+    bare = jina_jax.Embedder(embedder.model, embedder.variables, embedder.tokenizer)
+    found = bare.encode(texts)
+    assert_close(found, embedder.encode(texts, task=[None] * 9), EMBEDDING)
+    nothing = batching.fill(batching.Batch((), 1, 64, 16), [], 1, adapters=False)
+    text = bare._means.lower(bare._held, *nothing).as_text()
+    rank = f"x5x{embedder.config.lora_rank}xf32"
+    assert "dot_general" in text
+    assert not any(rank in line for line in text.splitlines() if "dot_general" in line)
 
 
 def test_groups_of_texts_do_not_know_of_each_other(embedder, monkeypatch):

@@ -1,134 +1,380 @@
-"""The whole model on TPUs that are not here: does it compile, and what does a chip need to hold?
+"""The whole model of 570M parameters, compiled for TPUs ahead of time: what a chip holds, does, sends and needs.
 
     pip install 'jina-jax[aot]'
-    python -m tests.benchmarks.aot                         # every row; ten minutes
-    python -m tests.benchmarks.aot forward
+    python -m tests.benchmarks.aot                               # everything; half an hour
+    python -m tests.benchmarks.aot --machines v5e-8 --programs embed pairs
+    python -m tests.benchmarks.aot --markdown aot.md --json aot.json
 
-forward    one text of 8192 tokens on one v5e chip, bfloat16 weights, without and with the adapters' mixture
-train      a step of AdamW on 8 texts of 8192 tokens on eight v5e chips: float32 weights and moments split over the
-           axis "fsdp", bfloat16 activations, each layer recomputed in the backward pass; all parameters train
+Machines: v5e-8, v5e-256, v5p-8, v6e-8. Programs:
+
+embed   rows of 512 tokens, 64 for each chip that rows are split over, with a task per row; bfloat16 weights
+long    rows of 8192 tokens, one for each such chip, with a task per row; bfloat16 weights
+pairs   a step of the paper's pair training (Table A1, short): 16,384 pairs of texts of 192 tokens, InfoNCE over all of
+        them in both directions at seven Matryoshka sizes, gradients cached over chunks of 64 texts a chip, AdamW
+adapt   a step of its adapter training (retrieval): 128 queries with 8 passages of 512 tokens each; the backbone frozen
+full    a step on rows of 8192 tokens, one for each such chip; AdamW
+
+Training has float32 weights and moments, bfloat16 activations, and computes each layer again in the backward pass.
+
+For each chip: what it holds in memory (arguments, which stay between steps, and temporary); multiplications and
+additions, two each; bytes that collective operations deliver; and time. Time is XLA's own estimate (`estimated_cycles`
+of every operation in the compiled program, loops included) and, for the attention kernels, of which XLA knows nothing,
+the cycles of their final schedule (`schedule.py`). It is a lower bound: waiting for the network is free. The share of
+peak is what these operations would take at the peak of the chip, over that time.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-TOKENS = 8192
-GIB = 2**30
-MEMORY = ("bytes", "arguments", "temporary", "results")
+GIB, TERA = 2**30, 1e12
+DIMENSIONS = (32, 64, 128, 256, 512, 768, 1024)
+
+
+class Machine(NamedTuple):
+    """Some TPUs.
+
+    Attributes:
+        topology: their name for libtpu.
+        generation: a key of `schedule.GENERATIONS`.
+        chips: their number.
+        hertz: cycles a second.
+        peak: operations on bfloat16 a second.
+        memory: bytes of a chip.
+    """
+
+    topology: str
+    generation: str
+    chips: int
+    hertz: float
+    peak: float
+    memory: int
+
+
+MACHINES = {
+    "v5e-8": Machine("v5e:2x4", "v5e", 8, 1.5e9, 197e12, 16 * GIB),
+    "v5e-256": Machine("v5e:16x16", "v5e", 256, 1.5e9, 197e12, 16 * GIB),
+    "v5p-8": Machine("v5p:2x2x2", "v5p", 8, 1.75e9, 459e12, 95 * GIB),
+    "v6e-8": Machine("v6e:2x4", "v6e", 8, 1.75e9, 918e12, 32 * GIB),
+}
+# Sizes of the axes data, fsdp, tensor and sequence; data takes what is left.
+EMBED = [(-1, 1, 1, 1), (-1, 8, 1, 1), (-1, 1, 4, 1)]
+LONG = [(-1, 1, 1, 1), (-1, 1, 1, 8)]
+TRAIN = [(-1, 8, 1, 1)]
+CASES: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {
+    ("v5e-8", "embed"): EMBED,
+    ("v5e-8", "long"): LONG,
+    ("v5e-8", "pairs"): [(-1, 1, 1, 1), (-1, 8, 1, 1), (-1, 4, 2, 1)],
+    ("v5e-8", "adapt"): [(-1, 1, 1, 1), *TRAIN],
+    ("v5e-8", "full"): TRAIN,
+    ("v5e-256", "embed"): EMBED[:2],
+    ("v5e-256", "pairs"): [(-1, 8, 1, 1)],
+    ("v5e-256", "full"): TRAIN,
+    ("v5p-8", "embed"): EMBED[:1],
+    ("v5p-8", "pairs"): TRAIN,
+    ("v6e-8", "embed"): EMBED[:1],
+    ("v6e-8", "pairs"): TRAIN,
+}
+PROGRAMS = ("embed", "long", "pairs", "adapt", "full")
 
 
 def main() -> None:
     """Compile what is asked for and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("programs", nargs="*", help=f"of: {', '.join(PROGRAMS)}; all by default")
-    parser.add_argument("--json", help="file to write all results to")
+    parser.add_argument("--machines", nargs="*", choices=MACHINES, default=list(MACHINES))
+    parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("--json", type=Path, help="file to write all results to")
+    parser.add_argument("--markdown", type=Path, help="file to write the table to")
     options = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("compiling for TPUs needs libtpu: pip install 'jina-jax[aot]'")
     rows = []
-    for program in options.programs or PROGRAMS:
-        for what, compiled in PROGRAMS[program]():
-            rows.append({"program": program, "case": what, **held(compiled)})
-            row = {name: f"{x / GIB:.3f} GiB" if name in MEMORY else x for name, x in rows[-1].items()}
-            print("  ".join(f"{name}={x}" for name, x in row.items()), flush=True)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    for (machine, program), layouts in CASES.items():
+        for sizes in layouts if machine in options.machines and program in options.programs else ():
+            rows.append(measure(machine, program, sizes))
+            print(json.dumps(rows[-1]), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+            if options.markdown:
+                options.markdown.write_text(table(rows))
+    print(table(rows))
 
 
-def held(compiled: Any) -> dict[str, int]:
-    """What a chip holds, in bytes: arguments, temporary buffers, results that take no argument's place, and all."""
-    memory = compiled.memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    }
-    kernels = compiled.as_text().count("tpu_custom_call")
-    return {"bytes": sum(parts.values()), **parts, "kernels": kernels}
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| chips | program | mesh | rows × tokens | held + temporary, GiB | TFLOP | collectives, GiB | ms | of peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        fits = "" if row["fits"] else " **does not fit**"
+        lines.append(
+            f"| {row['machine']} | {row['program']} | {row['mesh']} | {row['rows']} × {row['tokens']} "
+            f"| {row['arguments'] / GIB:.2f} + {row['temporary'] / GIB:.2f}{fits} | {row['flops'] / TERA:.2f} "
+            f"| {row['collectives'] / GIB:.2f} | {1000 * row['seconds']:.0f} | {100 * row['share']:.0f}% |"
+        )
+    return "\n".join(lines) + "\n"
 
 
-def forward() -> Any:
-    """One text of 8192 tokens on one chip."""
+def measure(name: str, program: str, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Compile a program for a machine and read what there is to know."""
     import jax
-    import jax.numpy as jnp
-
-    from jina_jax import Config, Model
-    from tests.benchmarks.schedule import compile_for
-
-    model = Model(Config(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, pooler=False))
-    variables, tokens, _ = shapes(model, 1)
-    yield "no task", compile_for(lambda v, x: model.apply(v, x).embeddings, (variables, tokens), "v5e")[0]
-    task = jax.ShapeDtypeStruct((1,), jnp.int32)
-    run = lambda v, x, task: model.apply(v, x, task=task).embeddings  # noqa: E731
-    yield "task per text", compile_for(run, (variables, tokens, task), "v5e")[0]
-
-
-def train() -> Any:
-    """A training step of 8 texts of 8192 tokens on eight chips."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from jina_jax import Config, Model
+    import jina_jax
+    from jina_jax import sharding
+    from tests.benchmarks import hlo
     from tests.benchmarks.schedule import dump_directory
 
     dump_directory()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = Mesh(np.array(devices), ("fsdp",))
-    model = Model(Config(dtype=jnp.bfloat16, pooler=False, remat="full"))
-    optimizer = optax.adamw(1e-4)
-    variables, tokens, mask = shapes(model, 8)
-    state = (variables, jax.eval_shape(optimizer.init, variables))
-
-    def spec(x: jax.ShapeDtypeStruct) -> PartitionSpec:
-        """The longest axis that can be split, but never that of the layers, which are gathered one at a time."""
-        axes = [axis for axis in range(x.ndim) if x.shape[axis] % 8 == 0 and x.shape[axis] != 24]
-        best = max(axes, key=lambda axis: x.shape[axis], default=None)
-        return PartitionSpec(*("fsdp" if axis == best else None for axis in range(x.ndim)))
-
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x)))
-
-    def loss(variables: Any, tokens: Any, mask: Any, key: Any) -> Any:
-        out = model.apply(variables, tokens, mask, "text-matching", train=True, rngs={"dropout": key})
-        scores = 20.0 * out.embeddings @ out.embeddings.T
-        pairs = jnp.arange(8) ^ 1  # texts 0 and 1 belong together, 2 and 3, and so on
-        own = jnp.eye(8, dtype=bool)
-        return optax.softmax_cross_entropy_with_integer_labels(jnp.where(own, -jnp.inf, scores), pairs).mean()
-
-    def step(state: Any, tokens: Any, mask: Any, key: Any) -> Any:
-        variables, moments = state
-        value, gradients = jax.value_and_grad(loss)(variables, tokens, mask, key)
-        updates, moments = optimizer.update(gradients, moments, variables)
-        return (optax.apply_updates(variables, updates), moments), value
-
-    state, tokens, mask = jax.tree.map(place, (state, tokens, mask))
-    key = jax.eval_shape(jax.random.key, 0)
-    placed = jax.tree.map(lambda x: x.sharding, state)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    machine = MACHINES[name]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology).devices
+    mesh = jina_jax.make_mesh(*sizes, devices=devices)
+    rows, tokens, fn, args = PREPARE[program](mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield "fsdp=8, 8 x 8192", compiled.trace(state, tokens, mask, key).lower(lowering_platforms=("tpu",)).compile()
+        traced = fn.trace(*args)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    operations = hlo.operations(text)
+    row_parts, token_parts = sharding.parts(mesh)
+    heads = 16 // mesh.shape["tensor"]
+    seconds, flops = operations.cycles / machine.hertz, hlo.flops(traced.jaxpr) / machine.chips
+    for kernel, times in operations.kernels.items():
+        backward = "backward" in kernel
+        local = chunk(program, rows // row_parts), tokens // token_parts, heads
+        seconds += times * kernel_cycles(machine.generation, *local, backward) / machine.hertz
+        flops += times * (10 if backward else 4) * local[0] * local[1] ** 2 * heads * 64
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "machine": name,
+        "program": program,
+        "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1),
+        "rows": rows,
+        "tokens": tokens,
+        "arguments": held,
+        "temporary": memory.temp_size_in_bytes,
+        "fits": held + memory.temp_size_in_bytes < machine.memory,
+        "flops": flops,
+        "collectives": hlo.collective_bytes(text),
+        "seconds": seconds,
+        "share": flops / machine.peak / seconds,
+        "kernels": operations.kernels,
+        "unknown": operations.unknown,
+    }
 
 
-def shapes(model: Any, rows: int) -> tuple[Any, Any, Any]:
-    """Shapes of the variables, of token ids and of a mask."""
+@functools.cache
+def kernel_cycles(generation: str, rows: int, tokens: int, heads: int, backward: bool) -> int:
+    """Cycles of one run of the attention kernel on one chip."""
     import jax
     import jax.numpy as jnp
 
-    tokens = jax.ShapeDtypeStruct((rows, TOKENS), jnp.int32)
+    from jina_jax.kernels import attention
+    from tests.benchmarks import schedule
+
+    attend = functools.partial(attention, heads=heads, implementation="flash")
+
+    def both(q: Any, k: Any, v: Any) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return pull(out)
+
+    x = jax.ShapeDtypeStruct((rows, tokens, heads * 64), jnp.bfloat16)
+    kernels = schedule.measure(both if backward else attend, (x, x, x), generation)["kernels"]
+    return sum(kernel["cycles"] for name, kernel in kernels.items() if ("backward" in name) == backward)
+
+
+# ---- Programs --------------------------------------------------------------------------------------------------
+
+CHUNK = 64  # texts of a chip that are encoded at once in `pairs`
+
+
+def chunk(program: str, rows: int) -> int:
+    """Rows of a chip that are computed at once."""
+    return min(rows, CHUNK) if program == "pairs" else rows
+
+
+def embed(mesh: Any, tokens: int = 512, rows: int = 64) -> tuple[int, int, Any, tuple]:
+    """A forward pass as the embedder does it."""
+    import jax
+    import jax.numpy as jnp
+
+    from jina_jax import sharding
+
+    model, variables = shapes(mesh, param_dtype=jnp.bfloat16)
+    rows *= sharding.parts(mesh)[0]
+    inputs = place(mesh, (rows, tokens), jnp.int32, "B T"), place(mesh, (rows,), jnp.int32, "B")
+    run = jax.jit(lambda v, x, task: model.apply(v, x, task=task).embeddings)
+    return rows, tokens, run, (variables, *inputs)
+
+
+def pairs(mesh: Any, count: int = 16_384, tokens: int = 192) -> tuple[int, int, Any, tuple]:
+    """Pair training: texts are embedded chunk by chunk, and again chunk by chunk with their share of the gradient."""
+    import jax
+    import jax.numpy as jnp
+
+    from jina_jax import pooling, sharding
+    from jina_jax.sharding import constrain
+
+    model, variables = shapes(mesh, remat="full")
+    rows = 2 * count
+    parts = sharding.parts(mesh)[0]
+    chunks = max(1, rows // parts // CHUNK)
+
+    def loss(embeddings: Any) -> Any:
+        total = 0.0
+        for size in DIMENSIONS:
+            cut = pooling.normalize(embeddings[:, :size])
+            queries, passages = constrain(cut[0::2], "B _"), cut[1::2]
+            scores = constrain(queries @ passages.T / 0.05, "B _")
+            own = jnp.sum(queries * passages, axis=1) / 0.05
+            total += jnp.mean(jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0) - 2 * own)
+        return total
+
+    def gradient(variables: Any, tokens: Any, key: Any) -> Any:
+        # A chunk has a part of every chip's rows, so that none has to send any away.
+        parted = constrain(jnp.swapaxes(tokens.reshape(-1, chunks, tokens.shape[1]), 0, 1), "_ B T")
+
+        def encode(variables: Any, step: Any) -> Any:
+            texts, key = step
+            out = model.apply(variables, texts, task="retrieval.query", train=True, rngs={"dropout": key})
+            return constrain(out.pooled, "B _")
+
+        steps = parted, jax.random.split(key, chunks)
+        _, pooled = jax.lax.scan(lambda _, step: (None, encode(variables, step)), None, steps)
+        together = jnp.swapaxes(pooled, 0, 1).reshape(tokens.shape[0], -1)
+        value, shares = jax.value_and_grad(jax.checkpoint(loss))(together)
+        shares = jnp.swapaxes(shares.reshape(-1, chunks, shares.shape[1]), 0, 1)
+
+        def backward(total: Any, step: Any) -> Any:
+            *inputs, share = step
+            _, pull = jax.vjp(lambda v: encode(v, tuple(inputs)), variables)
+            return jax.tree.map(jnp.add, total, pull(share)[0]), None
+
+        zeros = jax.tree.map(jnp.zeros_like, variables)
+        total, _ = jax.lax.scan(backward, zeros, (*steps, constrain(shares, "_ B _")))
+        return value, total
+
+    return rows, tokens, *training(mesh, gradient, variables, place(mesh, (rows, tokens), jnp.int32, "B T"))
+
+
+def full(mesh: Any, tokens: int = 8192) -> tuple[int, int, Any, tuple]:
+    """A step on long rows, all of whose parameters train."""
+    import jax
+    import jax.numpy as jnp
+
+    from jina_jax import sharding
+
+    model, variables = shapes(mesh, remat="full")
+    rows = sharding.parts(mesh)[0]
+
+    def loss(variables: Any, tokens: Any, key: Any) -> Any:
+        out = model.apply(variables, tokens, task="text-matching", train=True, rngs={"dropout": key})
+        return contrast(out.embeddings)
+
+    gradient = jax.value_and_grad(loss)
+    return rows, tokens, *training(mesh, gradient, variables, place(mesh, (rows, tokens), jnp.int32, "B T"))
+
+
+def adapt(mesh: Any, queries: int = 128, negatives: int = 7, tokens: int = 512) -> tuple[int, int, Any, tuple]:
+    """Adapter training: the backbone is an argument that has no gradient."""
+    import jax
+    import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    model, variables = shapes(mesh, remat="full", param_dtype=jnp.bfloat16)
+    flat = flatten_dict(variables)
+    trained = {path: x.update(dtype=jnp.float32) for path, x in flat.items() if path[-1].startswith("lora")}
+    frozen = {path: x for path, x in flat.items() if path not in trained}
+    rows = queries * (2 + negatives)
+
+    def loss(trained: Any, rest: Any, key: Any) -> Any:
+        frozen, tokens = rest
+        rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
+        variables = unflatten_dict(frozen | rounded)
+        task = (jnp.arange(rows) % (2 + negatives) > 0).astype(jnp.int32)  # a query, then its passages
+        out = model.apply(variables, tokens, task=task, train=True, rngs={"dropout": key})
+        return contrast(out.embeddings)
+
+    inputs = frozen, place(mesh, (rows, tokens), jnp.int32, "B T")
+    return rows, tokens, *training(mesh, jax.value_and_grad(loss), trained, inputs)
+
+
+def contrast(embeddings: Any) -> Any:
+    """InfoNCE of neighbours: rows 0 and 1 belong together, 2 and 3, and so on."""
+    import jax.numpy as jnp
+    import optax
+
+    count = embeddings.shape[0]
+    scores = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, 20.0 * embeddings @ embeddings.T)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, jnp.arange(count) ^ 1).mean()
+
+
+def training(mesh: Any, gradient: Callable, parameters: Any, inputs: Any) -> tuple[Any, tuple]:
+    """A step of AdamW whose state stays where it is, and its arguments."""
+    import jax
+    import optax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    optimizer = optax.adamw(1e-4)
+
+    def step(state: Any, inputs: Any, key: Any) -> Any:
+        parameters, moments = state
+        value, gradients = gradient(parameters, inputs, key)
+        updates, moments = optimizer.update(gradients, moments, parameters)
+        return (optax.apply_updates(parameters, updates), moments), value
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
+        jax.eval_shape(optimizer.init, parameters),
+        parameters,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    )
+    state = (parameters, moments)
+    key = jax.eval_shape(jax.random.key, 0)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), (state, inputs, key)
+
+
+def shapes(mesh: Any, **changes: Any) -> tuple[Any, Any]:
+    """The model, and the shapes and places of its variables."""
+    import jax
+    import jax.numpy as jnp
+
+    import jina_jax
+    from jina_jax import sharding
+
+    config = jina_jax.Config(dtype=jnp.bfloat16, pooler=False, **changes)
+    model = jina_jax.Model(sharding.padded(config, mesh))
     variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    return variables, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
+    targets = jina_jax.shardings(model, mesh)
+    return model, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), variables, targets)
 
 
-PROGRAMS: dict[str, Callable[[], Any]] = {"forward": forward, "train": train}
+def place(mesh: Any, shape: tuple[int, ...], dtype: Any, axes: str) -> Any:
+    """The shape of an input, split as `sharding.RULES` say."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jina_jax.sharding import RULES
+
+    spec = PartitionSpec(*(RULES.get(axis) for axis in axes.split()))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+PREPARE: dict[str, Callable[[Any], tuple[int, int, Any, tuple]]] = {
+    "embed": embed,
+    "long": functools.partial(embed, tokens=8192, rows=1),
+    "pairs": pairs,
+    "adapt": adapt,
+    "full": full,
+}
 
 if __name__ == "__main__":
     main()

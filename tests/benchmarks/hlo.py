@@ -1,5 +1,6 @@
 """What is around the kernels of a compiled program: how often each runs, XLA's own work, what scalar memory holds."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def operations(text: str) -> Operations:
             if KERNEL in rest or KERNEL in bodies.get(called.get("calls", ""), ""):  # alone, or with a little around it
                 kernels[label] = kernels.get(label, 0) + times
             elif operation == "while":
-                walk(called["body"], times * trips(bodies[called["condition"]]))
+                walk(called["body"], times * trips(rest, bodies[called["condition"]]))
             elif operation == "call":
                 walk(called["to_apply"], times)
             elif found := re.search(r'"estimated_cycles":"?(\d+)', rest):
@@ -63,8 +64,77 @@ def operations(text: str) -> Operations:
     return Operations(kernels, sum(known), len(unknown))
 
 
-def trips(condition: str) -> int:
-    """Trips of a loop that counts from 0, by its condition; 1 if this says nothing."""
+COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+
+
+def collective_bytes(text: str) -> int:
+    """Bytes of the results of all collective operations of a compiled program, loops included.
+
+    Args:
+        text: `compiled.as_text()`.
+
+    Returns:
+        Bytes that they deliver to each device.
+    """
+    bodies = {name: body for _, name, body in COMPUTATION.findall(text)}
+    entry = next(name for start, name, _ in COMPUTATION.findall(text) if start)
+
+    def total(name: str) -> int:
+        found = 0
+        for one in START.split(bodies[name])[1:]:
+            _, operation, rest = OPERATION.match(one).groups()
+            called = dict(re.findall(r"(calls|body|condition|to_apply)=%?([^\s,]+)", rest))
+            if collective := COLLECTIVE.fullmatch(operation):
+                shapes = one.split(f" {operation}(")[0].split(" = ", 1)[1]
+                sizes = [
+                    BYTES[kind] * math.prod(int(size) for size in shape.split(",") if size)
+                    for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+                ]
+                # What starts and ends apart holds its input as well, but for sums.
+                apart = collective.group(2) and collective.group(1) != "all-reduce"
+                found += max(sizes) if apart else sum(sizes)
+            elif operation == "while":
+                found += trips(rest, bodies[called["condition"]]) * total(called["body"])
+            elif operation == "call":
+                found += total(called["to_apply"])
+            elif operation == "fusion" or "calls" in called:
+                found += total(called["calls"])
+        return found
+
+    return total(entry)
+
+
+def flops(closed: jax.extend.core.ClosedJaxpr) -> int:
+    """Multiplications and additions of the matrix products of a traced program, those of kernels left out.
+
+    Args:
+        closed: `traced.jaxpr`.
+
+    Returns:
+        Two for each product of two numbers, over all devices.
+    """
+
+    def total(jaxpr: Any) -> int:
+        found = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                shape = eqn.invars[0].aval.shape
+                found += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+            elif eqn.primitive.name != "pallas_call":
+                inner = [total(one) for one in jax.extend.core.jaxprs_in_params(eqn.params)]
+                times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+                found += times * (max(inner, default=0) if eqn.primitive.name == "cond" else sum(inner))
+        return found
+
+    return total(closed.jaxpr)
+
+
+def trips(loop: str, condition: str) -> int:
+    """Trips of a loop, by what stands behind it or by its condition, if it counts from 0; 1 if neither says."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
+        return int(known.group(1))
     bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", condition)
     return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in condition else 1
 

@@ -41,7 +41,7 @@ def main() -> None:
 def stream(count: int) -> None:
     """Embed so many texts from an iterator."""
     embedder = jina_jax.Embedder.load("mini")
-    embedder.warmup()
+    embedder.warmup(adapters=False)
     found = sum(1 for _ in embedder.encode_stream(texts(count)))
     print(f"{found} texts: peak {peak() / 2**20:.0f} MiB", flush=True)
 
