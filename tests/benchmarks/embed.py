@@ -40,7 +40,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
@@ -202,11 +201,16 @@ def write_checkpoints(model: str, directory: Path) -> None:
 
 
 def load_ours(model: str, directory: Path, dtype: str) -> Encode:
-    """Ours; batches as it likes."""
-    from jina_jax import Embedder
+    """Ours; batches as it likes, and says what part of the tokens that it computed was padding."""
+    from jina_jax import Embedder, Usage
 
     embedder = Embedder.load("mini" if model == "mini" else directory / model, dtype=dtype)
-    return lambda texts, batch: embedder.encode(texts)
+
+    def encode(texts: list[str], batch: int) -> tuple[np.ndarray, float]:
+        usage = Usage()
+        return embedder.encode(texts, usage=usage), 1 - usage.tokens / usage.computed_tokens
+
+    return encode
 
 
 def load_sentence_transformers(model: str, directory: Path, dtype: str) -> Encode:
@@ -271,26 +275,9 @@ def work(connection: Connection, engine: str, dtype: str, model: str, directory:
         if first:
             reset_peak()
         start = time.perf_counter()
-        embeddings, padding = with_padding(run) if first and engine == OURS else (run(), None)
+        embeddings, padding = run() if engine == OURS else (run(), None)
         seconds = time.perf_counter() - start
         connection.send({"seconds": seconds, "embeddings": embeddings, "padding": padding, "peak": peak()})
-
-
-def with_padding(run: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
-    """Our embeddings, and what part of the tokens computed for them was padding: counted in the batches' arrays."""
-    from jina_jax import batching
-
-    fill, padded, computed = batching.fill, 0, 0
-
-    def counted(batch: Any, texts: Any, pad_id: int) -> Any:
-        nonlocal padded, computed
-        arrays = fill(batch, texts, pad_id)
-        padded, computed = padded + (arrays[0] == pad_id).sum(), computed + arrays[0].size
-        return arrays
-
-    with mock.patch.object(batching, "fill", counted):
-        embeddings = run()
-    return embeddings, float(padded / computed)
 
 
 def reset_peak() -> None:
