@@ -266,7 +266,8 @@ def _embed(args: argparse.Namespace) -> None:
     try:
         if args.chunks is None:
             tasks = [record.task for record in found]
-            embeddings = embedder.encode([record.text for record in found], task=tasks, progress=progress, **options)
+            task = tasks if any(tasks) else None
+            embeddings = embedder.encode([record.text for record in found], task=task, progress=progress, **options)
         else:
             found, embeddings = _embed_chunks(embedder, found, args.chunks, progress, options)
     except ValueError as error:

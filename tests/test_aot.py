@@ -53,12 +53,20 @@ def test_bytes_of_collectives_are_counted_in_loops():
 @pytest.mark.parametrize("program", aot.PROGRAMS)
 def test_every_program_is_one_for_a_mesh(program):
     mesh = jina_jax.make_mesh(data=2, fsdp=2, tensor=2)
-    rows, tokens, run, args = aot.PREPARE[program](mesh)
+    rows, tokens, parts = aot.PREPARE[program](mesh)
+    assert rows % 4 == tokens % 64 == 0
     # optax mixes types.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.numpy_dtype_promotion("standard"):
-        shapes = run.eval_shape(*args)
-    assert rows % 4 == tokens % 64 == 0
-    if program not in ("embed", "long"):
-        state, loss = shapes
+        shapes = [part.fn.eval_shape(*part.args) for part in parts]
+    if program == "pairs":
+        forward, (loss, shares), total, state = shapes
+        assert forward.shape == (4 * 64, 1024)
+        assert shares.shape == (rows, 1024)
         assert loss.shape == ()
-        assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, args[0])
+        assert parts[0].times * forward.shape[0] == rows
+        assert jax.tree.map(lambda x: x.shape, (state, total)) == jax.tree.map(lambda x: x.shape, parts[3].args)
+    elif program not in ("embed", "long"):
+        [(state, loss)] = shapes
+        assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, parts[0].args[0])
+    else:
+        assert shapes[0].shape == (rows, 1024)

@@ -10,7 +10,9 @@ Machines: v5e-8, v5e-256, v5p-8, v6e-8. Programs:
 embed   rows of 512 tokens, 64 for each chip that rows are split over, with a task per row; bfloat16 weights
 long    rows of 8192 tokens, one for each such chip, with a task per row; bfloat16 weights
 pairs   a step of the paper's pair training (Table A1, short): 16,384 pairs of texts of 192 tokens, InfoNCE over all of
-        them in both directions at seven Matryoshka sizes, gradients cached over chunks of 64 texts a chip, AdamW
+        them in both directions at seven Matryoshka sizes, AdamW. Gradients are cached: all texts are embedded, 64 for
+        each chip at a time, then the loss is computed, and then they are embedded again with their share of its
+        gradient; four programs, of which the first and the third run many times
 adapt   a step of its adapter training (retrieval): 128 queries with 8 passages of 512 tokens each; the backbone frozen
 full    a step on rows of 8192 tokens, one for each such chip; AdamW
 
@@ -27,6 +29,8 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,12 +73,11 @@ TRAIN = [(-1, 8, 1, 1)]
 CASES: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {
     ("v5e-8", "embed"): EMBED,
     ("v5e-8", "long"): LONG,
-    ("v5e-8", "pairs"): [(-1, 1, 1, 1), (-1, 8, 1, 1), (-1, 4, 2, 1)],
-    ("v5e-8", "adapt"): [(-1, 1, 1, 1), *TRAIN],
+    ("v5e-8", "pairs"): [(-1, 1, 1, 1), (-1, 8, 1, 1)],
+    ("v5e-8", "adapt"): EMBED[:1],
     ("v5e-8", "full"): TRAIN,
     ("v5e-256", "embed"): EMBED[:2],
-    ("v5e-256", "pairs"): [(-1, 8, 1, 1)],
-    ("v5e-256", "full"): TRAIN,
+    ("v5e-256", "pairs"): TRAIN,
     ("v5p-8", "embed"): EMBED[:1],
     ("v5p-8", "pairs"): TRAIN,
     ("v6e-8", "embed"): EMBED[:1],
@@ -90,7 +93,12 @@ def main() -> None:
     parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--json", type=Path, help="file to write all results to")
     parser.add_argument("--markdown", type=Path, help="file to write the table to")
+    parser.add_argument("--cycles", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cycles:
+        generation, rows, tokens, heads, direction = options.cycles
+        print(cycles(generation, int(rows), int(tokens), int(heads), direction))
+        return
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("compiling for TPUs needs libtpu: pip install 'jina-jax[aot]'")
     rows = []
@@ -121,6 +129,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+class Part(NamedTuple):
+    """A program of a step.
+
+    Attributes:
+        times: how often it runs in a step.
+        fn: the jitted function.
+        args: shapes of its arguments.
+        rows: rows of its batch on each chip.
+    """
+
+    times: int
+    fn: Any
+    args: tuple
+    rows: int
+
+
 def measure(name: str, program: str, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """Compile a program for a machine and read what there is to know."""
     import jax
@@ -129,48 +153,65 @@ def measure(name: str, program: str, sizes: tuple[int, int, int, int]) -> dict[s
     import jina_jax
     from jina_jax import sharding
     from tests.benchmarks import hlo
-    from tests.benchmarks.schedule import dump_directory
+    from tests.benchmarks.schedule import QUIET
 
-    dump_directory()
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")
     machine = MACHINES[name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology).devices
     mesh = jina_jax.make_mesh(*sizes, devices=devices)
-    rows, tokens, fn, args = PREPARE[program](mesh)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = fn.trace(*args)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    operations = hlo.operations(text)
-    row_parts, token_parts = sharding.parts(mesh)
-    heads = 16 // mesh.shape["tensor"]
-    seconds, flops = operations.cycles / machine.hertz, hlo.flops(traced.jaxpr) / machine.chips
-    for kernel, times in operations.kernels.items():
-        backward = "backward" in kernel
-        local = chunk(program, rows // row_parts), tokens // token_parts, heads
-        seconds += times * kernel_cycles(machine.generation, *local, backward) / machine.hertz
-        flops += times * (10 if backward else 4) * local[0] * local[1] ** 2 * heads * 64
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    rows, tokens, parts = PREPARE[program](mesh)
+    heads, local_tokens = 16 // mesh.shape["tensor"], tokens // sharding.parts(mesh)[1]
+    seconds = flops = collectives = 0.0
+    held, temporary, kernels = [], [], {}
+    for number, part in enumerate(parts):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            traced = part.fn.trace(*part.args)
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        operations = hlo.operations(text)
+        cycles, work = operations.cycles, hlo.flops(traced.jaxpr) / machine.chips
+        for kernel, times in operations.kernels.items():
+            backward = "backward" in kernel
+            cycles += times * kernel_cycles(machine.generation, part.rows, local_tokens, heads, backward)
+            work += times * (10 if backward else 4) * part.rows * local_tokens**2 * heads * 64
+            kernels[f"{number} {kernel}"] = times
+        seconds += part.times * cycles / machine.hertz
+        flops += part.times * work
+        collectives += part.times * hlo.collective_bytes(text)
+        held.append(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+        temporary.append(memory.temp_size_in_bytes)
     return {
         "machine": name,
         "program": program,
         "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1),
         "rows": rows,
         "tokens": tokens,
-        "arguments": held,
-        "temporary": memory.temp_size_in_bytes,
-        "fits": held + memory.temp_size_in_bytes < machine.memory,
+        "arguments": max(held),
+        "temporary": max(temporary),
+        "fits": max(map(sum, zip(held, temporary, strict=True))) < machine.memory,
         "flops": flops,
-        "collectives": hlo.collective_bytes(text),
+        "collectives": collectives,
         "seconds": seconds,
         "share": flops / machine.peak / seconds,
-        "kernels": operations.kernels,
-        "unknown": operations.unknown,
+        "kernels": kernels,
     }
 
 
 @functools.cache
 def kernel_cycles(generation: str, rows: int, tokens: int, heads: int, backward: bool) -> int:
-    """Cycles of one run of the attention kernel on one chip."""
+    """Cycles of one run of the attention kernel on one chip.
+
+    Asked of another process: writing schedules down, which libtpu decides on when it is loaded, makes it slow.
+    """
+    shape = [generation, str(rows), str(tokens), str(heads), "backward" if backward else "forward"]
+    command = [sys.executable, "-m", "tests.benchmarks.aot", "--cycles", *shape]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def cycles(generation: str, rows: int, tokens: int, heads: int, direction: str) -> int:
+    """What `kernel_cycles` asks for."""
     import jax
     import jax.numpy as jnp
 
@@ -184,6 +225,7 @@ def kernel_cycles(generation: str, rows: int, tokens: int, heads: int, backward:
         return pull(out)
 
     x = jax.ShapeDtypeStruct((rows, tokens, heads * 64), jnp.bfloat16)
+    backward = direction == "backward"
     kernels = schedule.measure(both if backward else attend, (x, x, x), generation)["kernels"]
     return sum(kernel["cycles"] for name, kernel in kernels.items() if ("backward" in name) == backward)
 
@@ -191,14 +233,10 @@ def kernel_cycles(generation: str, rows: int, tokens: int, heads: int, backward:
 # ---- Programs --------------------------------------------------------------------------------------------------
 
 CHUNK = 64  # texts of a chip that are encoded at once in `pairs`
+Prepared = tuple[int, int, list[Part]]
 
 
-def chunk(program: str, rows: int) -> int:
-    """Rows of a chip that are computed at once."""
-    return min(rows, CHUNK) if program == "pairs" else rows
-
-
-def embed(mesh: Any, tokens: int = 512, rows: int = 64) -> tuple[int, int, Any, tuple]:
+def embed(mesh: Any, tokens: int = 512, rows: int = 64) -> Prepared:
     """A forward pass as the embedder does it."""
     import jax
     import jax.numpy as jnp
@@ -206,14 +244,14 @@ def embed(mesh: Any, tokens: int = 512, rows: int = 64) -> tuple[int, int, Any, 
     from jina_jax import sharding
 
     model, variables = shapes(mesh, param_dtype=jnp.bfloat16)
-    rows *= sharding.parts(mesh)[0]
-    inputs = place(mesh, (rows, tokens), jnp.int32, "B T"), place(mesh, (rows,), jnp.int32, "B")
+    whole = rows * sharding.parts(mesh)[0]
+    inputs = place(mesh, (whole, tokens), jnp.int32, "B T"), place(mesh, (whole,), jnp.int32, "B")
     run = jax.jit(lambda v, x, task: model.apply(v, x, task=task).embeddings)
-    return rows, tokens, run, (variables, *inputs)
+    return whole, tokens, [Part(1, run, (variables, *inputs), rows)]
 
 
-def pairs(mesh: Any, count: int = 16_384, tokens: int = 192) -> tuple[int, int, Any, tuple]:
-    """Pair training: texts are embedded chunk by chunk, and again chunk by chunk with their share of the gradient."""
+def pairs(mesh: Any, count: int = 16_384, tokens: int = 192) -> Prepared:
+    """Pair training with cached gradients. All parts hold the whole state."""
     import jax
     import jax.numpy as jnp
 
@@ -221,50 +259,53 @@ def pairs(mesh: Any, count: int = 16_384, tokens: int = 192) -> tuple[int, int, 
     from jina_jax.sharding import constrain
 
     model, variables = shapes(mesh, remat="full")
-    rows = 2 * count
     parts = sharding.parts(mesh)[0]
-    chunks = max(1, rows // parts // CHUNK)
+    chunks = 2 * count // parts // CHUNK
+    update, state = training(mesh, variables)
+    total = variables  # of the gradients
+    texts = place(mesh, (parts * CHUNK, tokens), jnp.int32, "B T")
+    key = jax.eval_shape(jax.random.key, 0)
+    pooled = place(mesh, (2 * count, 1024), jnp.float32, "B _")
+    share = place(mesh, (parts * CHUNK, 1024), jnp.float32, "B _")
 
-    def loss(embeddings: Any) -> Any:
-        total = 0.0
+    def encode(variables: Any, texts: Any, key: Any) -> Any:
+        return model.apply(variables, texts, task="retrieval.query", train=True, rngs={"dropout": key}).pooled
+
+    def forward(state: Any, total: Any, pooled: Any, texts: Any, key: Any) -> Any:
+        return constrain(encode(state[0], texts, key), "B _")
+
+    def loss(pooled: Any) -> Any:
+        value = 0.0
         for size in DIMENSIONS:
-            cut = pooling.normalize(embeddings[:, :size])
-            queries, passages = constrain(cut[0::2], "B _"), cut[1::2]
+            cut = pooling.normalize(pooled[:, :size])
+            queries, passages = constrain(cut[0::2], "B _"), constrain(cut[1::2], "B _")
             scores = constrain(queries @ passages.T / 0.05, "B _")
             own = jnp.sum(queries * passages, axis=1) / 0.05
-            total += jnp.mean(jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0) - 2 * own)
-        return total
+            value += jnp.mean(jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0) - 2 * own)
+        return value
 
-    def gradient(variables: Any, tokens: Any, key: Any) -> Any:
-        # A chunk has a part of every chip's rows, so that none has to send any away.
-        parted = constrain(jnp.swapaxes(tokens.reshape(-1, chunks, tokens.shape[1]), 0, 1), "_ B T")
+    def gradient(state: Any, total: Any, pooled: Any) -> Any:
+        value, shares = jax.value_and_grad(jax.checkpoint(loss))(pooled)
+        return value, constrain(shares, "B _")
 
-        def encode(variables: Any, step: Any) -> Any:
-            texts, key = step
-            out = model.apply(variables, texts, task="retrieval.query", train=True, rngs={"dropout": key})
-            return constrain(out.pooled, "B _")
+    def backward(state: Any, total: Any, pooled: Any, texts: Any, key: Any, share: Any) -> Any:
+        _, pull = jax.vjp(lambda variables: encode(variables, texts, key), state[0])
+        return jax.tree.map(jnp.add, total, pull(share)[0])
 
-        steps = parted, jax.random.split(key, chunks)
-        _, pooled = jax.lax.scan(lambda _, step: (None, encode(variables, step)), None, steps)
-        together = jnp.swapaxes(pooled, 0, 1).reshape(tokens.shape[0], -1)
-        value, shares = jax.value_and_grad(jax.checkpoint(loss))(together)
-        shares = jnp.swapaxes(shares.reshape(-1, chunks, shares.shape[1]), 0, 1)
-
-        def backward(total: Any, step: Any) -> Any:
-            *inputs, share = step
-            _, pull = jax.vjp(lambda v: encode(v, tuple(inputs)), variables)
-            return jax.tree.map(jnp.add, total, pull(share)[0]), None
-
-        zeros = jax.tree.map(jnp.zeros_like, variables)
-        total, _ = jax.lax.scan(backward, zeros, (*steps, constrain(shares, "_ B _")))
-        return value, total
-
-    return rows, tokens, *training(mesh, gradient, variables, place(mesh, (rows, tokens), jnp.int32, "B T"))
+    jit = functools.partial(jax.jit, keep_unused=True)
+    placed = jax.tree.map(lambda x: x.sharding, total)
+    held = (state, total, pooled)
+    programs = [
+        Part(chunks, jit(forward), (*held, texts, key), CHUNK),
+        Part(1, jit(gradient), held, 0),
+        Part(chunks, jit(backward, donate_argnums=1, out_shardings=placed), (*held, texts, key, share), CHUNK),
+        Part(1, update, (state, total), 0),
+    ]
+    return 2 * count, tokens, programs
 
 
-def full(mesh: Any, tokens: int = 8192) -> tuple[int, int, Any, tuple]:
+def full(mesh: Any, tokens: int = 8192) -> Prepared:
     """A step on long rows, all of whose parameters train."""
-    import jax
     import jax.numpy as jnp
 
     from jina_jax import sharding
@@ -276,15 +317,16 @@ def full(mesh: Any, tokens: int = 8192) -> tuple[int, int, Any, tuple]:
         out = model.apply(variables, tokens, task="text-matching", train=True, rngs={"dropout": key})
         return contrast(out.embeddings)
 
-    gradient = jax.value_and_grad(loss)
-    return rows, tokens, *training(mesh, gradient, variables, place(mesh, (rows, tokens), jnp.int32, "B T"))
+    return rows, tokens, [step(mesh, loss, variables, place(mesh, (rows, tokens), jnp.int32, "B T"), 1)]
 
 
-def adapt(mesh: Any, queries: int = 128, negatives: int = 7, tokens: int = 512) -> tuple[int, int, Any, tuple]:
+def adapt(mesh: Any, queries: int = 128, negatives: int = 7, tokens: int = 512) -> Prepared:
     """Adapter training: the backbone is an argument that has no gradient."""
     import jax
     import jax.numpy as jnp
     from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from jina_jax import sharding
 
     model, variables = shapes(mesh, remat="full", param_dtype=jnp.bfloat16)
     flat = flatten_dict(variables)
@@ -301,7 +343,7 @@ def adapt(mesh: Any, queries: int = 128, negatives: int = 7, tokens: int = 512) 
         return contrast(out.embeddings)
 
     inputs = frozen, place(mesh, (rows, tokens), jnp.int32, "B T")
-    return rows, tokens, *training(mesh, jax.value_and_grad(loss), trained, inputs)
+    return rows, tokens, [step(mesh, loss, trained, inputs, rows // sharding.parts(mesh)[0])]
 
 
 def contrast(embeddings: Any) -> Any:
@@ -314,19 +356,33 @@ def contrast(embeddings: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(scores, jnp.arange(count) ^ 1).mean()
 
 
-def training(mesh: Any, gradient: Callable, parameters: Any, inputs: Any) -> tuple[Any, tuple]:
-    """A step of AdamW whose state stays where it is, and its arguments."""
+def step(mesh: Any, loss: Callable, parameters: Any, inputs: Any, rows: int) -> Part:
+    """A step in one program."""
+    import jax
+
+    update, state = training(mesh, parameters)
+
+    def run(state: Any, inputs: Any, key: Any) -> Any:
+        value, gradients = jax.value_and_grad(loss)(state[0], inputs, key)
+        return update(state, gradients), value
+
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    fn = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
+    return Part(1, fn, (state, inputs, jax.eval_shape(jax.random.key, 0)), rows)
+
+
+def training(mesh: Any, parameters: Any) -> tuple[Any, Any]:
+    """The update of AdamW, whose state stays where it is, and that state."""
     import jax
     import optax
     from jax.sharding import NamedSharding, PartitionSpec
 
     optimizer = optax.adamw(1e-4)
 
-    def step(state: Any, inputs: Any, key: Any) -> Any:
+    def update(state: Any, gradients: Any) -> Any:
         parameters, moments = state
-        value, gradients = gradient(parameters, inputs, key)
         updates, moments = optimizer.update(gradients, moments, parameters)
-        return (optax.apply_updates(parameters, updates), moments), value
+        return optax.apply_updates(parameters, updates), moments
 
     whole = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_utils.tree_map_params(
@@ -337,9 +393,8 @@ def training(mesh: Any, gradient: Callable, parameters: Any, inputs: Any) -> tup
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
     )
     state = (parameters, moments)
-    key = jax.eval_shape(jax.random.key, 0)
     placed = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), (state, inputs, key)
+    return jax.jit(update, donate_argnums=0, out_shardings=placed), state
 
 
 def shapes(mesh: Any, **changes: Any) -> tuple[Any, Any]:
@@ -368,7 +423,7 @@ def place(mesh: Any, shape: tuple[int, ...], dtype: Any, axes: str) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-PREPARE: dict[str, Callable[[Any], tuple[int, int, Any, tuple]]] = {
+PREPARE: dict[str, Callable[[Any], Prepared]] = {
     "embed": embed,
     "long": functools.partial(embed, tokens=8192, rows=1),
     "pairs": pairs,
