@@ -275,17 +275,21 @@ def pairs(mesh: Any, count: int = 16_384, tokens: int = 192) -> Prepared:
         return constrain(encode(state[0], texts, key), "B _")
 
     def loss(pooled: Any) -> Any:
-        value = 0.0
-        for size in DIMENSIONS:
-            cut = pooling.normalize(pooled[:, :size])
-            queries, passages = constrain(cut[0::2], "B _"), constrain(cut[1::2], "B _")
+        both = pooled.reshape(count, 2, -1)
+        kept = jnp.arange(both.shape[2])[None] < jnp.array(DIMENSIONS)[:, None]
+
+        def one(value: Any, kept: Any) -> Any:
+            cut = pooling.normalize(jnp.where(kept[None, None], both, 0.0))
+            queries, passages = constrain(cut[:, 0], "B _"), constrain(cut[:, 1], "_ _")
             scores = constrain(queries @ passages.T / 0.05, "B _")
-            own = jnp.sum(queries * passages, axis=1) / 0.05
-            value += jnp.mean(jax.nn.logsumexp(scores, axis=1) + jax.nn.logsumexp(scores, axis=0) - 2 * own)
-        return value
+            own = jnp.sum(queries * constrain(cut[:, 1], "B _"), axis=1) / 0.05
+            lines, columns = (jax.nn.logsumexp(scores, axis=axis) for axis in (1, 0))
+            return value + jnp.mean(lines + columns - 2 * own), None
+
+        return jax.lax.scan(jax.checkpoint(one), 0.0, kept)[0]
 
     def gradient(state: Any, total: Any, pooled: Any) -> Any:
-        value, shares = jax.value_and_grad(jax.checkpoint(loss))(pooled)
+        value, shares = jax.value_and_grad(loss)(pooled)
         return value, constrain(shares, "B _")
 
     def backward(state: Any, total: Any, pooled: Any, texts: Any, key: Any, share: Any) -> Any:
