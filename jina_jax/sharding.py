@@ -135,7 +135,9 @@ def _parameter_spec(path: str, size: dict[str, int], mesh: AnyMesh) -> tuple[Par
     # Where an array has none of the letters of "tensor" or "fsdp", one that is split already is split further.
     for name in () if small else ("fsdp", "tensor"):
         if mesh.shape.get(name, 1) > 1 and not any(name in taken for taken in over.values()):
-            for letter in sorted(set(letters) & {*RULES, "H"}, key=lambda letter: letter not in over):
+            # In the order of the axes: every process must choose alike, and sets of strings have an order of their own.
+            able = [letter for letter in letters if letter in RULES or letter == "H"]
+            for letter in sorted(able, key=lambda letter: letter not in over):
                 wanted = (*over.get(letter, ()), name)
                 if size[letter] % _size(mesh, wanted) == 0:
                     over[letter] = wanted

@@ -150,6 +150,13 @@ def test_a_matrix_is_split_over_both_axes_and_a_vector_over_heads_alone():
     assert split == {"fsdp", "tensor"}
 
 
+def test_every_process_chooses_alike():
+    """Hashes of strings differ from process to process; where heads and their parts could both be split, heads are."""
+    found = flatten(jina_jax.shardings(jina_jax.Model(jina_jax.Config(vocab_size=64)), make((2, 4, 1, 1))))
+    assert found["layers/attention/qkv/lora_b"].spec == PartitionSpec(None, None, None, None, "fsdp", None)
+    assert found["layers/attention/out/lora_a"].spec == PartitionSpec(None, "fsdp", None, None, None)
+
+
 def test_what_a_mesh_cannot_split_is_all_listed():
     with pytest.raises(ValueError, match="does not fit this model") as error:
         jina_jax.shardings(jina_jax.Model(jina_jax.Config(intermediate_size=4100)), make((1, 1, 8, 1)))
