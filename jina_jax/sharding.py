@@ -93,7 +93,7 @@ def use(mesh: Mesh) -> AbstractContextManager[Any]:
 
 def padded(config: Config, mesh: AnyMesh) -> Config:
     """The configuration with as many rows in the vocabulary's tables as the mesh splits evenly."""
-    return config.replace(vocab_multiple=math.lcm(config.vocab_multiple, _size(mesh, ("fsdp", "tensor"))))
+    return config.replace(vocab_multiple=math.lcm(config.vocab_multiple, size_over(mesh, ("fsdp", "tensor"))))
 
 
 def shardings(model: Any, mesh: Mesh) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _parameter_spec(path: str, size: dict[str, int], mesh: AnyMesh) -> tuple[Par
         for name in () if small and letter == "D" else RULES.get(letter, ()):
             if mesh.shape.get(name, 1) > 1 and not any(name in taken for taken in over.values()):
                 over[letter] = (*over.get(letter, ()), name)
-                if size[letter] % _size(mesh, over[letter]):
+                if size[letter] % size_over(mesh, over[letter]):
                     hint = "; see Config.vocab_multiple" if letter == "V" else ""
                     problems.append(f"{_MEANS[letter]}: {size[letter]} cannot be split over {name}{hint}")
     # Where an array has none of the letters of "tensor" or "fsdp", one that is split already is split further.
@@ -139,7 +139,7 @@ def _parameter_spec(path: str, size: dict[str, int], mesh: AnyMesh) -> tuple[Par
             able = [letter for letter in letters if letter in RULES or letter == "H"]
             for letter in sorted(able, key=lambda letter: letter not in over):
                 wanted = (*over.get(letter, ()), name)
-                if size[letter] % _size(mesh, wanted) == 0:
+                if size[letter] % size_over(mesh, wanted) == 0:
                     over[letter] = wanted
                     break
     return PartitionSpec(*(over.get(letter) for letter in letters)), problems
@@ -174,7 +174,7 @@ def constrain(x: Array, axes: str) -> Array:
 
 def parts(mesh: AnyMesh) -> tuple[int, int]:
     """Into how many parts a mesh splits the rows of a batch, and the tokens of a row."""
-    return _size(mesh, RULES["B"]), _size(mesh, RULES["T"])
+    return size_over(mesh, RULES["B"]), size_over(mesh, RULES["T"])
 
 
 def put(mesh: Mesh, x: np.ndarray, axes: str) -> Array:
@@ -188,8 +188,12 @@ def put(mesh: Mesh, x: np.ndarray, axes: str) -> Array:
     Returns:
         The array, of which every process holds its parts.
     """
-    spec = PartitionSpec(*(RULES.get(letter) for letter in axes.split()))
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, placed(mesh, axes), lambda index: x[index])
+
+
+def placed(mesh: Mesh, axes: str) -> NamedSharding:
+    """Where an input goes whose axis letters are all split evenly."""
+    return NamedSharding(mesh, PartitionSpec(*(RULES.get(letter) for letter in axes.split())))
 
 
 def free_axes(mesh: AnyMesh) -> set[str]:
@@ -208,6 +212,6 @@ def fitting(mesh: AnyMesh, names: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _size(mesh: AnyMesh, names: Sequence[str]) -> int:
-    """Number of devices along some axes."""
+def size_over(mesh: AnyMesh, names: Sequence[str]) -> int:
+    """Number of devices along some axes; one along axes that the mesh has not."""
     return math.prod(mesh.shape.get(name, 1) for name in names)

@@ -1,21 +1,20 @@
 """Attention over several devices: heads and batch by `shard_map`, long sequences by passing keys round a ring."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jina_jax.kernels.common import Inputs, Rope, join, split
 from jina_jax.kernels.dropout import shift, words_from_key
 from jina_jax.kernels.fused import attend, default, passes
+from jina_jax.sharding import AnyMesh, size_over
 
 Axes = str | Sequence[str] | None
-AnyMesh = Mesh | jax.sharding.AbstractMesh
 
 
 def sharded_attention(
@@ -74,13 +73,13 @@ def attend_sharded(
     B, T, _ = inputs.q.shape
     over = {"rows": (B, batch), "heads": (inputs.heads, head)}
     for what, (count, axes) in over.items():
-        if count % _size(mesh, axes):
-            devices = f"mesh axes {axes} of {_size(mesh, axes)} devices"
+        if count % size_over(mesh, _names(axes)):
+            devices = f"mesh axes {axes} of {size_over(mesh, _names(axes))} devices"
             raise ValueError(f"{count} {what} cannot be split evenly over {devices}")
     if sequence is not None and implementation == "reference":
         raise ValueError("'reference' holds all scores at once and has no ring; use 'blockwise' or 'flash'")
 
-    inputs = _with_padding(inputs, -T % _size(mesh, sequence))
+    inputs = _with_padding(inputs, -T % size_over(mesh, _names(sequence)))
     rope = inputs.rope
     vectors, ids = PartitionSpec(batch, sequence, head), PartitionSpec(batch, sequence)
     table = None if rope is None else PartitionSpec(batch if rope[0].shape[0] == B and B > 1 else None, sequence)
@@ -93,7 +92,7 @@ def attend_sharded(
         check_vma=False,
     )
     def run(q: Array, k: Array, v: Array, segments: Array | None, rope: Rope | None, words: Array) -> Array:
-        local = inputs.heads // _size(mesh, head)
+        local = inputs.heads // size_over(mesh, _names(head))
         words = shift(words, batch=_index(mesh, batch) * q.shape[0], head=_index(mesh, head) * local)
         here = Inputs(q, k, v, segments, segments, rope, words, local, inputs.rate)
         return attend(here, implementation) if sequence is None else ring_attention(here, implementation, sequence)
@@ -201,11 +200,6 @@ def _pass_on(tree: Any, axis: str) -> Any:
 def _scale(x: Array, factor: Array, heads: int) -> Array:
     """[B, T, D] times [B, N, T], head by head."""
     return join(split(x, heads) * jnp.swapaxes(factor, 1, 2)[..., None])
-
-
-def _size(mesh: AnyMesh, axes: Axes) -> int:
-    """Number of devices along some axes."""
-    return math.prod(mesh.shape[name] for name in _names(axes))
 
 
 def _index(mesh: AnyMesh, axes: Axes) -> Array:

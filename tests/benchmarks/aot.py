@@ -419,12 +419,10 @@ def shapes(mesh: Any, **changes: Any) -> tuple[Any, Any]:
 def place(mesh: Any, shape: tuple[int, ...], dtype: Any, axes: str) -> Any:
     """The shape of an input, split as `sharding.RULES` say."""
     import jax
-    from jax.sharding import NamedSharding, PartitionSpec
 
-    from jina_jax.sharding import RULES
+    from jina_jax.sharding import placed
 
-    spec = PartitionSpec(*(RULES.get(axis) for axis in axes.split()))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed(mesh, axes))
 
 
 PREPARE: dict[str, Callable[[Any], Prepared]] = {
