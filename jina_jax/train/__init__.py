@@ -1,0 +1,1 @@
+"""Training: masked language modelling, pairs and task adapters, on one device or many, resumable to the bit."""
