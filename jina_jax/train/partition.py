@@ -32,7 +32,8 @@ class Parts(NamedTuple):
         model: The model that a step runs; its tasks are those that train.
         trainable: What has gradients, float32: parameters by path, or for adapters such a tree for each task.
         frozen: Parameters by path that have none.
-        aside: Parameters by path that no loss touches (the pooler); the export gets them as they are.
+        aside: Parameters by path that no loss touches (the pooler, and the adapters of a random model that do not
+            train); the export gets them as they are.
         base: Directory of the model that it came from.
         notes: Lines for the log.
     """
@@ -99,6 +100,8 @@ def prepare(recipe: Recipe, mesh: jax.sharding.Mesh) -> Parts:
     adapters = _adapters(recipe, config, trained, flat, key)
     whole = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: _everywhere(x, whole), adapters)
+    if recipe.init.config is not None:
+        aside |= {path: x for path, x in flat.items() if "lora" in path}
     return Parts(Model(trained), placed, backbone, aside, base, tuple(notes))
 
 
@@ -236,11 +239,13 @@ def finish(recipe: Recipe, parts: Parts, trainable: Tree) -> tuple[Model, Tree]:
         config = parts.model.config.replace(pooler=bool(parts.aside), remat="none", dtype="float32", attention=None)
         config = config if rope is None else config.replace(rope_base=rope)
         return Model(config), {"params": layouts.nest(trainable | jax.tree.map(host, parts.aside))}
-    if recipe.init.config is not None:  # nothing on disk has this backbone
-        raise InputError("adapters need a model on disk: train its backbone first, and start from that run's export")
-    model, variables = checkpoint.load(parts.base)
-    flat = {path: np.asarray(x) for path, x in checkpoint.flatten(variables).items()}
-    config = model.config if rope is None else model.config.replace(rope_base=rope)
+    if recipe.init.config is None:
+        model, variables = checkpoint.load(parts.base)
+        config, flat = model.config, {path: np.asarray(x) for path, x in checkpoint.flatten(variables).items()}
+    else:  # no file has this backbone
+        config, flat = recipe.init.config, jax.tree.map(host, parts.frozen | parts.aside)
+        config = config.replace(vocab_multiple=parts.model.config.vocab_multiple)
+    config = config if rope is None else config.replace(rope_base=rope)
     return with_adapters(recipe, config, flat, parts.model.config, trainable)
 
 
