@@ -1,4 +1,4 @@
-"""The command line: `jina-jax embed`, `jina-jax embed-corpus`, `jina-jax bench` and `jina-jax info`.
+"""The command line: `jina-jax embed`, `jina-jax embed-corpus`, `jina-jax train`, `jina-jax bench`, `jina-jax info`.
 
 Exit codes: 0 done; 2 a mistake in what the user gave; 1 anything else that went wrong, such as a damaged checkpoint or
 a full disk; 130 interrupted; 141 nobody reads the output any more. Errors are short, without a traceback;
@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from jina_jax import hub, records
 from jina_jax._version import __version__
+from jina_jax.arguments import Parser, one_of, option, positive, switch, whole
 from jina_jax.quantization import PRECISIONS
 from jina_jax.records import InputError, Record
 
@@ -66,59 +67,6 @@ EXAMPLES = """examples:
 # ---- Arguments -------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def _option(parser: argparse.ArgumentParser, flag: str, help: str, **arguments: Any) -> None:
-    """An option that an environment variable can set as well."""
-    variable = "JINA_JAX_" + flag.removeprefix("--").replace("-", "_").upper()
-    # argparse passes a default that is a string through `type`, like an argument.
-    arguments["default"] = os.environ.get(variable) or arguments.get("default")
-    parser.add_argument(flag, help=f"{help} [env: {variable}]", **arguments)
-
-
-def _switch(parser: argparse.ArgumentParser, flag: str, help: str, default: bool) -> None:
-    """An on/off option, `--flag` and `--no-flag`, that an environment variable can set as well."""
-    variable = "JINA_JAX_" + flag.removeprefix("--").upper()
-    value = os.environ.get(variable) or str(int(default))
-    words = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-    if value.lower() not in words:
-        raise InputError(f"environment variable {variable}={value!r} must be 1 or 0")
-    parser.add_argument(
-        flag,
-        action=argparse.BooleanOptionalAction,
-        default=words[value.lower()],
-        help=f"{help}; {'on' if default else 'off'} by default [env: {variable}=1|0]",
-    )
-
-
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of at least 1")
-    return int(value)
-
-
-def _whole(value: str) -> int:
-    if not value.isdecimal():
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of at least 0")
-    return int(value)
-
-
-def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """A type for argparse whose message says what there is."""
-
-    def check(value: str) -> str:
-        if value not in choices:
-            raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(choices)}")
-        return value
-
-    return check
-
-
 def _chunker(value: str) -> str | int:
     if value == "sentences" or (value.isdecimal() and int(value)):
         return value if value == "sentences" else int(value)
@@ -138,14 +86,14 @@ def _output(value: str) -> Path:
     return path
 
 
-def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     """The parser of everything, and that of each command."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="jina-jax", description=DESCRIPTION, epilog=NOTES, formatter_class=raw)
+    parser = Parser(prog="jina-jax", description=DESCRIPTION, epilog=NOTES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"jina-jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    dtype = {"type": _one_of(DTYPES), "default": "float32", "metavar": "TYPE"}
+    dtype = {"type": one_of(DTYPES), "default": "float32", "metavar": "TYPE"}
     embed = commands.add_parser(
         "embed", help="embed texts", description=EMBED, epilog=EXAMPLES + NOTES, formatter_class=raw
     )
@@ -158,8 +106,8 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         'FILE.jsonl (a string or {"text": ..., "id": ..., "task": ...} on every line); also .txt.gz and .jsonl.gz',
     )
     _encoding_options(embed)
-    _option(embed, "--output", "write to this file, .jsonl or .npy, rather than stdout", type=_output, metavar="FILE")
-    _switch(embed, "--similarity", "print a table of cosine similarities", default=False)
+    option(embed, "--output", "write to this file, .jsonl or .npy, rather than stdout", type=_output, metavar="FILE")
+    switch(embed, "--similarity", "print a table of cosine similarities", default=False)
 
     corpus = commands.add_parser(
         "embed-corpus",
@@ -177,64 +125,69 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         help=f"files ({formats}), directories of them, directories of Hugging Face data sets (save_to_disk), globs, or "
         "URLs such as s3://...",
     )
-    _option(corpus, "--output", "directory or URL to write to", metavar="DIR")
-    _option(corpus, "--text-column", "column, or key, of the text (default: text)", default="text", metavar="NAME")
+    option(corpus, "--output", "directory or URL to write to", metavar="DIR")
+    option(corpus, "--text-column", "column, or key, of the text (default: text)", default="text", metavar="NAME")
     ids = "of the id, a string or whole number (default: id, where there is one; without one ids are INPUT:ROW)"
-    _option(corpus, "--id-column", ids, metavar="NAME")
-    _option(
+    option(corpus, "--id-column", ids, metavar="NAME")
+    option(
         corpus, "--task-column", "of the row's task (default: task, where there is one; '' for none)", metavar="NAME"
     )
     _encoding_options(corpus)
-    _option(corpus, "--ranges", "for int8: least and largest value of each dimension, [2, E]", metavar="FILE.npy")
-    _option(corpus, "--shard-rows", "rows of a shard (default: 8192)", type=_positive, default=8192, metavar="N")
-    _switch(corpus, "--resume", "finish a run that was interrupted", default=False)
-    _switch(corpus, "--verify", "check that all is there and whole, after the run or, without INPUT, alone", False)
-    _option(corpus, "--coordinator", "process 0, if not told by the cluster", metavar="HOST:PORT")
-    _option(corpus, "--num-processes", "processes that share the work", type=_positive, metavar="N")
-    _option(corpus, "--process-id", "number of this one, from 0", type=_whole, metavar="I")
+    option(corpus, "--ranges", "for int8: least and largest value of each dimension, [2, E]", metavar="FILE.npy")
+    option(corpus, "--shard-rows", "rows of a shard (default: 8192)", type=positive, default=8192, metavar="N")
+    switch(corpus, "--resume", "finish a run that was interrupted", default=False)
+    switch(corpus, "--verify", "check that all is there and whole, after the run or, without INPUT, alone", False)
+    option(corpus, "--coordinator", "process 0, if not told by the cluster", metavar="HOST:PORT")
+    option(corpus, "--num-processes", "processes that share the work", type=positive, metavar="N")
+    option(corpus, "--process-id", "number of this one, from 0", type=whole, metavar="I")
 
     bench = commands.add_parser(
         "bench", help="measure speed", description="Measure how fast a model embeds here, by length of text."
     )
     bench.set_defaults(run=_bench)
-    _option(bench, "--model", f"directory, name on the hub such as {hub.REAL_MODEL}, or mini (default)", metavar="NAME")
-    _option(bench, "--revision", "branch, tag or commit on the hub", metavar="NAME")
-    _option(bench, "--task", "task of the texts; without one, no adapter and no prompt", metavar="NAME")
-    _option(bench, "--dtype", "type to compute in: float32 (default, exact) or bfloat16", **dtype)
+    option(bench, "--model", f"directory, name on the hub such as {hub.REAL_MODEL}, or mini (default)", metavar="NAME")
+    option(bench, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    option(bench, "--task", "task of the texts; without one, no adapter and no prompt", metavar="NAME")
+    option(bench, "--dtype", "type to compute in: float32 (default, exact) or bfloat16", **dtype)
     profiles = "texts of 4-32 tokens (queries), of 64-512 (passages), of 4-8192, most of them short (mix); default: all"
-    bench.add_argument("--profile", help=profiles, type=_one_of(PROFILES), action="append", metavar="NAME")
-    bench.add_argument("--tokens", help="tokens in all, for each profile", type=_positive, default=20_000, metavar="N")
-    bench.add_argument("--rounds", help="timed runs; the median counts", type=_positive, default=3, metavar="N")
+    bench.add_argument("--profile", help=profiles, type=one_of(PROFILES), action="append", metavar="NAME")
+    bench.add_argument("--tokens", help="tokens in all, for each profile", type=positive, default=20_000, metavar="N")
+    bench.add_argument("--rounds", help="timed runs; the median counts", type=positive, default=3, metavar="N")
     bench.add_argument("--json", action="store_true", help="print JSON")
+
+    from jina_jax.train import cli as train_cli
+
+    train = train_cli.add(commands, raw)
+    train.set_defaults(run=_train)
 
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(run=_info)
     model = os.environ.get("JINA_JAX_MODEL")
     info.add_argument("model", nargs="?", default=model, help="as for embed --model [env: JINA_JAX_MODEL]")
-    _option(info, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    option(info, "--revision", "branch, tag or commit on the hub", metavar="NAME")
     info.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"embed": embed, "embed-corpus": corpus, "bench": bench, "info": info}
+    return parser, {"embed": embed, "embed-corpus": corpus, "train": train, "bench": bench, "info": info}
 
 
 def _encoding_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that embeds texts: the model, and what becomes of a text."""
     model = f"directory, name on the hub such as {hub.REAL_MODEL}, or mini (default)"
-    _option(parser, "--model", model, metavar="NAME")
-    _option(parser, "--revision", "branch, tag or commit on the hub", metavar="NAME")
-    _option(parser, "--task", "task of texts that name none; without one, no adapter and no prompt", metavar="NAME")
-    _switch(parser, "--prompts", "put the task's prompt before each text", default=True)
-    _option(parser, "--dimensions", "numbers to keep of each embedding", type=_positive, metavar="N")
-    _switch(parser, "--normalize", "scale embeddings to unit length", default=True)
-    dtype = {"type": _one_of(DTYPES), "default": "float32", "metavar": "TYPE"}
-    _option(parser, "--dtype", "float32 (default, exact) or bfloat16", **dtype)
+    option(parser, "--model", model, metavar="NAME")
+    option(parser, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    option(parser, "--task", "task of texts that name none; without one, no adapter and no prompt", metavar="NAME")
+    switch(parser, "--prompts", "put the task's prompt before each text", default=True)
+    option(parser, "--dimensions", "numbers to keep of each embedding", type=positive, metavar="N")
+    switch(parser, "--normalize", "scale embeddings to unit length", default=True)
+    dtype = {"type": one_of(DTYPES), "default": "float32", "metavar": "TYPE"}
+    option(parser, "--dtype", "float32 (default, exact) or bfloat16", **dtype)
     batch = "tokens computed at once, padding included (default: 1024 on a CPU, else 32768)"
-    _option(parser, "--batch-tokens", batch, type=_positive, metavar="N")
+    option(parser, "--batch-tokens", batch, type=positive, metavar="N")
     long = "texts that are too long: cut (default), error, or windows (embed all of it in parts that overlap)"
-    _option(parser, "--long", long, type=_one_of(tuple(LONG)), default="cut", metavar="HOW")
+    option(parser, "--long", long, type=one_of(tuple(LONG)), default="cut", metavar="HOW")
     chunks = "late chunking: an embedding for each sentence (sentences) or for each N tokens"
-    _option(parser, "--chunks", chunks, type=_chunker, metavar="sentences|N")
-    precision = {"type": _one_of(PRECISIONS), "default": "float32", "metavar": "TYPE"}
-    _option(parser, "--precision", f"type of the numbers: {', '.join(PRECISIONS)}", **precision)
+    option(parser, "--chunks", chunks, type=_chunker, metavar="sentences|N")
+    precision = {"type": one_of(PRECISIONS), "default": "float32", "metavar": "TYPE"}
+    option(parser, "--precision", f"type of the numbers: {', '.join(PRECISIONS)}", **precision)
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------
@@ -412,6 +365,14 @@ def _termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _train(args: argparse.Namespace) -> None:
+    """`jina-jax train`."""
+    from jina_jax.train import cli as train_cli
+
+    _enable_compilation_cache()
+    train_cli.run(args)
 
 
 def _bench(args: argparse.Namespace) -> None:

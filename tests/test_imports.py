@@ -37,8 +37,14 @@ MAY_IMPORT = {
     },
     "corpus": {"checkpoint", "embedder", "hub", "records"},
     "ray": {"embedder"},
+    "examples": {"records"},
+    "eval": {"embedder", "examples", "records"},
+    "train": {
+        *("arguments", "config", "model", "tokenizer", "embedder", "checkpoint", "hub", "layouts", "lora", "peft"),
+        *("pooling", "sharding", "distributed", "tensors", "examples", "eval", "records", "_version"),
+    },
 }
-LATE = {"bench", "records", "info", "cli", "__main__"}  # the command line may use everything
+LATE = {"bench", "records", "info", "arguments", "cli", "__main__"}  # the command line may use everything
 NEVER = {"torch", "transformers", "peft", "convert", "fastapi", "sentence_transformers"}
 # Outside modules that a room must do without.
 WITHOUT = {
@@ -51,6 +57,8 @@ WITHOUT = {
     "quantization": {"jax", "flax"},
     "pipeline": {"jax", "flax"},
     "layouts": {"jax", "flax", "numpy"},
+    "examples": {"jax", "flax", "numpy"},
+    "eval": {"flax"},
 }
 
 

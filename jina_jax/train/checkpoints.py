@@ -89,7 +89,9 @@ class Checkpoints:
                 )
             return None
         if not resume.isdecimal() or int(resume) not in there:
-            raise InputError(f"--resume {resume}: must be auto, never or one of the steps in {self.directory}: {listed}")
+            raise InputError(
+                f"--resume {resume}: must be auto, never or one of the steps in {self.directory}: {listed}"
+            )
         for step in there:  # those after it belong to a future that will be another one
             if step > int(resume):
                 self._manager.delete(step)

@@ -235,9 +235,7 @@ def make_plans(recipe: Recipe, parts: Parts, tokenizer: Tokenizer, mesh: jax.sha
     return plans
 
 
-def describe(
-    recipe: Recipe, parts: Parts, plans: Sequence[plan.Plan], mesh: jax.sharding.Mesh, run: Path
-) -> list[str]:
+def describe(recipe: Recipe, parts: Parts, plans: Sequence[plan.Plan], mesh: jax.sharding.Mesh, run: Path) -> list[str]:
     """What is about to be done, in lines.
 
     Args:
@@ -397,13 +395,17 @@ class _Late:
             self._journal.progress(row, self._recipe.steps)
             return
         some = ", ".join(batch.records[:20]) + (f", ... ({len(batch.records)})" if len(batch.records) > 20 else "")
-        what = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}, in {batch.dataset}: {some}"
+        what = (
+            f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}, in {batch.dataset}: {some}"
+        )
         self._journal.say(f"{what}; left out")
         if self._facts["bad"] >= self._recipe.max_bad_steps:
             raise Diverged(f"{self._facts['bad']} steps in a row were not finite; the last was {what}")
 
 
-def _measured(found: dict[str, Any], name: str | None, step: int, facts: dict[str, Any], journal: Journal) -> float | None:
+def _measured(
+    found: dict[str, Any], name: str | None, step: int, facts: dict[str, Any], journal: Journal
+) -> float | None:
     """Write an evaluation down; returns its score."""
     if not found["tasks"]:
         return None

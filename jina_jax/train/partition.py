@@ -155,7 +155,9 @@ def _adapters(recipe: Recipe, config: Config, trained: Config, flat: Tree, key: 
             raise InputError(f"adapters.start={start!r}: the model has no adapter {source!r}; it has: "
                              f"{', '.join(known) or 'none'}; use adapters.start=fresh")  # fmt: skip
         if (trained.lora_rank, trained.lora_scale) != (config.lora_rank, config.lora_scale):
-            raise InputError("adapters.rank and adapters.alpha are for fresh adapters; leave them out or set start=fresh")
+            raise InputError(
+                "adapters.rank and adapters.alpha are for fresh adapters; leave them out or set start=fresh"
+            )
         result[task] = {
             path: np.asarray(host(flat[path])).take(known.index(source), axis).astype(np.float32)
             for path, (axis, _) in _slices(config).items()
@@ -330,5 +332,3 @@ def fingerprint(tree: Mapping[str, Any], gather: Callable[[Any], np.ndarray] = h
 def count(tree: Any) -> int:
     """Number of parameters of a tree."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
-
-

@@ -215,9 +215,7 @@ def _stopped(x: Array | None) -> Array | None:
     return None if x is None else jax.lax.stop_gradient(x)
 
 
-def embed(
-    model: Model, variables: Tree, arrays: Arrays, key: Array, parts: int, roles: tuple[int, ...]
-) -> Array:
+def embed(model: Model, variables: Tree, arrays: Arrays, key: Array, parts: int, roles: tuple[int, ...]) -> Array:
     """Means over the tokens of all texts of a batch, in parts, one after the other.
 
     Args:
