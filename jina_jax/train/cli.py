@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         )
     except loop.DataError as error:
         _leave(error, EXIT_DATA)
-    except loop.Diverged as error:
+    except loop.DivergedError as error:
         _leave(error, EXIT_DIVERGED)
     else:
         if not outcome.finished:
@@ -136,5 +136,5 @@ def load(path: str, given: dict[str, Any]) -> Recipe:
         raise InputError(f"{path}: needs {', '.join('--' + name.replace('_', '-') for name in needed)}")
     recipe = get_config(**given)
     if not isinstance(recipe, Recipe):
-        raise InputError(f"{path}: get_config() must return a jina_jax.train.recipe.Recipe, not {type(recipe).__name__}")
+        raise InputError(f"{path}: get_config() must return a train.recipe.Recipe, not {type(recipe).__name__}")
     return recipe

@@ -41,7 +41,7 @@ class DataError(InputError):
     """Something is wrong with the records."""
 
 
-class Diverged(RuntimeError):
+class DivergedError(RuntimeError):
     """The loss or the gradient was not finite too many times in a row."""
 
 
@@ -88,7 +88,7 @@ def train(
     Raises:
         InputError: If the recipe cannot be run, or is another one than that of the run's checkpoints.
         DataError: If something is wrong with the records.
-        Diverged: If the loss stays infinite or not a number.
+        DivergedError: If the loss stays infinite or not a number.
         OSError: If something cannot be written.
     """
     run, began = Path(run), time.monotonic()
@@ -235,6 +235,43 @@ def make_plans(recipe: Recipe, parts: Parts, tokenizer: Tokenizer, mesh: jax.sha
     return plans
 
 
+def rehearse(recipe: Recipe, run: Path) -> list[str]:
+    """What `train` would do, and the memory that its first step takes, without doing it.
+
+    Args:
+        recipe: The recipe.
+        run: Directory of the run.
+
+    Returns:
+        Lines.
+
+    Raises:
+        InputError: As `train`.
+        DataError: As `train`.
+    """
+    mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+    with sharding.use(mesh):
+        parts = partition.prepare(recipe, mesh)
+        plans = make_plans(recipe, parts, load_tokenizer(parts.base), mesh)
+        lines = describe(recipe, parts, plans, mesh, run)
+        for phase, one in zip(recipe.phases, plans, strict=True):
+            batches = list(one.batches(0, min(phase.steps, 5), functools.partial(rows_of, mesh)))
+            for number, batch in enumerate(batches):
+                shape = " x ".join(map(str, (batch.size, *batch.arrays["tokens"].shape[1:])))
+                lines.append(f"{phase.name} {number}  {batch.dataset} {batch.lang or ''} {batch.loss} [{shape}]")
+            state = steps.start(steps.optimizer(recipe.optim, phase), parts.trainable)
+            advance, batch = steps.make(parts.model, recipe, phase), batches[0]
+            how = {"loss": batch.loss, "roles": batch.roles, "in_batch": batch.in_batch}
+            lowered = advance.lower(state, parts.frozen, place(mesh, batch), np.int32(0), **how)
+            memory = lowered.compile().memory_analysis()
+            held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            lines.append(
+                f"memory  of a step of {phase.name}, on each device: {held / 2**20:,.0f} MiB held, "
+                f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB for activations and gradients"
+            )
+    return lines
+
+
 def describe(recipe: Recipe, parts: Parts, plans: Sequence[plan.Plan], mesh: jax.sharding.Mesh, run: Path) -> list[str]:
     """What is about to be done, in lines.
 
@@ -329,8 +366,8 @@ def rows_of(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
         Their numbers, ascending.
     """
     held = np.zeros(size, bool)
-    for (rows,) in sharding.placed(mesh, "B").addressable_devices_indices_map((size,)).values():
-        held[rows] = True
+    for index in sharding.placed(mesh, "B").addressable_devices_indices_map((size,)).values():
+        held[index or ...] = True
     return np.flatnonzero(held)
 
 
@@ -348,7 +385,7 @@ def place(mesh: jax.sharding.Mesh, batch: Batch) -> Tree:
     rows, target = rows_of(mesh, size), sharding.placed(mesh, "B")
 
     def put(held: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             return held[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
 
@@ -364,7 +401,8 @@ class _Late:
         self, journal: Journal, facts: dict[str, Any], recipe: Recipe, phase: Phase, rate: Any, start: int
     ) -> None:
         self._journal, self._facts, self._recipe, self._phase = journal, facts, recipe, phase
-        self._rate, self._start, self._waiting, self._then = rate, start, None, time.monotonic()
+        self._rate, self._start, self._then = rate, start, time.monotonic()
+        self._waiting: tuple[int, Batch, Tree] | None = None
 
     def put(self, step: int, batch: Batch, metrics: Tree) -> None:
         self.flush()
@@ -400,7 +438,7 @@ class _Late:
         )
         self._journal.say(f"{what}; left out")
         if self._facts["bad"] >= self._recipe.max_bad_steps:
-            raise Diverged(f"{self._facts['bad']} steps in a row were not finite; the last was {what}")
+            raise DivergedError(f"{self._facts['bad']} steps in a row were not finite; the last was {what}")
 
 
 def _measured(

@@ -168,7 +168,7 @@ def _adapters(recipe: Recipe, config: Config, trained: Config, flat: Tree, key: 
 def _slices(config: Config) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Of each adapted parameter that a loss can touch, the place of its axis K, and its shape without it."""
     result = {}
-    for path, shape in layouts.parameter_shapes(config.replace(tasks=config.tasks or ("any",), prompts=("",) * max(len(config.tasks), 1))).items():  # fmt: skip
+    for path, shape in layouts.parameter_shapes(config).items():
         if "lora" in path and not path.startswith("pooler"):
             axis = layouts.PARAMETERS[path].split().index("K")
             result[path] = axis, (*shape[:axis], *shape[axis + 1 :])

@@ -1,5 +1,6 @@
 """One step of training: a batch to a loss, its gradient, and the update."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def start(optimizer: optax.GradientTransformation, trainable: Tree) -> State:
     return State(trainable, jax.jit(optimizer.init, out_shardings=placed)(trainable))
 
 
-def make(model: Model, recipe: Recipe, phase: Phase) -> Callable[..., tuple[State, dict[str, Array]]]:
+def make(model: Model, recipe: Recipe, phase: Phase) -> Any:
     """The step of a phase.
 
     Args:
@@ -164,13 +165,16 @@ def value(
     vectors = embed(model, variables, arrays, key, phase.grad_cache, roles)
     settings = recipe.loss
 
+    given: tuple[Array | None, ...] = (vectors[:, 0],)
+    metrics: dict[str, Array] = {}
+    one: Callable[..., Array]
     if loss == "info_nce":
         ids = {name: arrays[name] for name in ("query_ids", "passage_ids", "groups")}
         negatives = None
         if vectors.shape[1] > 2:
             negatives = vectors[:, 2:]
             ids |= {"negative_ids": arrays["negative_ids"], "negative_mask": arrays["lengths"][:, 2:] > 0}
-        options = {
+        options: dict[str, Any] = {
             "tau": phase.tau,
             "directions": settings.directions,
             "in_batch": in_batch,
@@ -178,41 +182,29 @@ def value(
             "hardness": settings.hardness,
             "chunk": settings.chunk,
         }
-
-        def contrast(queries: Array, passages: Array, negatives: Array | None = None) -> Array:
-            return losses.info_nce(queries, passages, negatives, **ids, **options)
-
         given = (vectors[:, 0], vectors[:, 1], negatives)
-        metrics = losses.info_nce_statistics(*map(_stopped, given), **ids)
-        one = contrast
+        one = functools.partial(losses.info_nce, **ids, **options)
+        metrics = losses.info_nce_statistics(*jax.lax.stop_gradient(given), **ids)
     elif loss == "cosent":
-        given, metrics = (vectors[:, 0], vectors[:, 1]), {}
+        given = (vectors[:, 0], vectors[:, 1])
 
-        def one(a: Array, b: Array) -> Array:  # type: ignore[misc]
+        def one(a: Array, b: Array) -> Array:
             return losses.cosent(losses.cosine(a, b), arrays["scores"], tau=phase.tau)
 
     elif loss == "separation":
-        given, metrics = (vectors[:, 0],), {}
-
-        def one(x: Array) -> Array:  # type: ignore[misc]
-            return losses.separation(x, arrays["labels"], tau=phase.tau)
-
+        one = functools.partial(losses.separation, labels=arrays["labels"], tau=phase.tau)
     else:
-        given, metrics = (vectors[:, 0],), {}
+        one = functools.partial(losses.distill, teacher=arrays["teacher"], how=settings.distill, tau=phase.tau)
 
-        def one(x: Array) -> Array:  # type: ignore[misc]
-            return losses.distill(x, arrays["teacher"], how=settings.distill, tau=phase.tau)
-
-    total, by_size = losses.matryoshka(one, settings.dims, settings.dim_weights, settings.reduce)(*given)
+    # The teacher's vectors have but one size.
+    dims = None if loss == "distill" and settings.distill == "cosine" else settings.dims
+    weights = None if dims is None else settings.dim_weights
+    total, by_size = losses.matryoshka(one, dims, weights, settings.reduce)(*given)
     metrics |= {f"loss_{size}": part for size, part in by_size.items()}
     if settings.gor:
         spread = losses.spread_out(vectors[:, 0])
         total, metrics = total + settings.gor * spread, metrics | {"spread_out": spread}
     return total, metrics
-
-
-def _stopped(x: Array | None) -> Array | None:
-    return None if x is None else jax.lax.stop_gradient(x)
 
 
 def embed(model: Model, variables: Tree, arrays: Arrays, key: Array, parts: int, roles: tuple[int, ...]) -> Array:
@@ -238,9 +230,8 @@ def embed(model: Model, variables: Tree, arrays: Arrays, key: Array, parts: int,
     def encode(rows: tuple[Array, Array, Array], key: Array) -> Array:
         tokens, lengths, task = rows
         mask = jnp.arange(T)[None] < lengths[:, None]
-        out = model.apply(
-            variables, tokens, mask, task if model.config.tasks else None, train=True, rngs={"dropout": key}
-        )
+        used = task if model.config.tasks else None
+        out: Any = model.apply(variables, tokens, mask, used, train=True, rngs={"dropout": key})
         return out.pooled
 
     pooled = grad_cache.in_chunks(encode, rows, parts, key)
@@ -257,9 +248,9 @@ def _masked_language_modelling(
     def encode(rows: Arrays, key: Array) -> Array:
         tokens, weights = rows["tokens"][:, 0], rows["weights"]
         mask = jnp.arange(tokens.shape[1])[None] < rows["lengths"]
-        hidden = model.apply(variables, tokens, mask, train=True, rngs={"dropout": key}).hidden
-        told = jnp.take_along_axis(hidden, rows["positions"][..., None], axis=1)
-        features = model.apply(variables, told, method="mlm_features")
+        out: Any = model.apply(variables, tokens, mask, train=True, rngs={"dropout": key})
+        told = jnp.take_along_axis(out.hidden, rows["positions"][..., None], axis=1)
+        features: Any = model.apply(variables, told, method="mlm_features")
         mean = losses.mlm(
             features.reshape(-1, features.shape[-1]),
             table[:V],
