@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -119,12 +120,16 @@ class Embedder:
         self.model, self.variables, self.tokenizer, self.mesh = model, variables, tokenizer, mesh
         means = functools.partial(_means, model)
         if mesh is None:
-            self._held = lora.as_bits(variables) if jax.default_backend() == "cpu" else variables
             self._split, self._means = batching.Split(), jax.jit(means)
         else:
-            self._held, self._split = variables, batching.Split(*sharding.parts(mesh))
+            self._split = batching.Split(*sharding.parts(mesh))
             # Every process takes all results.
             self._means = jax.jit(means, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._held = self._hold(variables)
+
+    def _hold(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Variables as the programs take them."""
+        return lora.as_bits(variables) if self.mesh is None and jax.default_backend() == "cpu" else variables
 
     @classmethod
     def load(
@@ -156,6 +161,19 @@ class Embedder:
         directory = hub.find(name_or_path, revision)
         model, variables = checkpoint.load(directory, dtype=dtype, mesh=mesh, **overrides)
         return cls(model, variables, load_tokenizer(directory), mesh)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> Embedder:
+        """This embedder with other weights, such as those of a later step of training.
+
+        Args:
+            variables: Variables of the same model, of the same types and on the same devices.
+
+        Returns:
+            An embedder that shares all compiled programs with this one.
+        """
+        other = copy.copy(self)
+        other.variables, other._held = variables, self._hold(variables)
+        return other
 
     @property
     def config(self) -> Config:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,6 +74,7 @@ class Dataset:
         batch: Records of a batch; None means the phase's.
         in_batch_negatives: Whether other records of the batch are negatives.
         teacher: For "distill", a `.npy` file with a vector for each record, in their order.
+        hold_out: Share of the records, the last of the file, that are not trained on.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Dataset:
     batch: int | None = None
     in_batch_negatives: bool = True
     teacher: str | None = None
+    hold_out: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ class EvalTask:
         task: Task of the texts, or of queries; None means the bare backbone.
         passage_task: Task of passages; None means `task`.
         train_path: For "classification", records to fit on; None fits on every second record.
+        share: Share of the records, the last of the file, that are measured.
     """
 
     name: str
@@ -251,6 +254,7 @@ class EvalTask:
     task: str | None = None
     passage_task: str | None = None
     train_path: str | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -376,8 +380,8 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
 
-def _problems(recipe: Recipe) -> typing.Iterator[str]:
-    def one_of(name: str, value: str, choices: Sequence[str]) -> typing.Iterator[str]:
+def _problems(recipe: Recipe) -> Iterator[str]:
+    def one_of(name: str, value: str, choices: Sequence[str]) -> Iterator[str]:
         if value not in choices:
             yield f"{name}={value!r} must be one of {', '.join(choices)}"
 
@@ -402,6 +406,8 @@ def _problems(recipe: Recipe) -> typing.Iterator[str]:
             yield from one_of(f"data.datasets: {one.name}: kind", one.kind, KINDS)
         if one.loss is not None:
             yield from one_of(f"data.datasets: {one.name}: loss", one.loss, LOSSES)
+        if not 0 <= one.hold_out < 1:
+            yield f"data.datasets: {one.name}: hold_out={one.hold_out} must be at least 0 and less than 1"
     if not recipe.phases:
         yield "phases: there is none"
     for phase in recipe.phases:
@@ -420,6 +426,8 @@ def _problems(recipe: Recipe) -> typing.Iterator[str]:
         yield "loss.dim_weights: give one for each of loss.dims"
     for task in recipe.eval.tasks:
         yield from one_of(f"eval.tasks: {task.name}: kind", task.kind, EVAL_KINDS)
+        if not 0 < task.share <= 1:
+            yield f"eval.tasks: {task.name}: share={task.share} must be more than 0 and at most 1"
 
 
 # ---- Changes from the command line -----------------------------------------------------------------------------

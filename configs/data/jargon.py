@@ -1,0 +1,103 @@
+"""A made-up domain language: what a crew calls its machines and their troubles, and the pages of its handbook.
+
+    python configs/data/jargon.py my_pairs.jsonl held_out.jsonl
+
+Queries are in the crew's own words, passages in plain English; only the place has the same name in both. A model that
+has never met the crew can use nothing else, and one that has read some hundred pairs knows every word. Held-out pairs
+have combinations of thing, trouble and place that are not among the others.
+"""
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+# The crew's word for each, made up.
+THINGS = {
+    "water pump": "birezu",
+    "lamp": "gevesk",
+    "radio": "tidevra",
+    "ladder": "ribavra",
+    "boiler": "badadril",
+    "window": "velish",
+    "motor": "detalm",
+    "door": "kopthe",
+    "cable": "vegipt",
+    "oven": "getaxo",
+    "fan": "pigendu",
+    "clock": "sovark",
+}
+TROUBLES = {
+    "is leaking": "fopeld",
+    "is too hot": "finthu",
+    "makes a noise": "dasesk",
+    "will not start": "konapo",
+    "is broken": "ginalm",
+    "smells of smoke": "neloxi",
+    "is frozen": "marund",
+    "is dirty": "zubrin",
+    "is too slow": "hulmet",
+    "has no power": "wexlor",
+}
+PLACES = (
+    *("in the kitchen", "on the roof", "in the cellar", "at the harbour", "in the garden"),
+    *("in the library", "on the bridge", "in the tower", "at the school", "in the workshop"),
+)
+CURES = (
+    *("replace the seal", "call the electrician", "clean the filter", "wait one hour", "add fresh oil"),
+    *("tighten the screws", "press the red button", "open the valve", "read page nine", "order a new one"),
+)
+QUERIES = ("{thing} {trouble} {place}", "{place}: {trouble} {thing}", "{trouble} {thing}, {place}?")
+PASSAGES = (
+    "If the {thing} {place} {trouble}, {cure}.",
+    "The {thing} {place} {trouble}: {cure}.",
+    "When the {thing} {trouble} {place}, {cure}.",
+)
+
+
+def pairs(count: int = 650, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs of a query and its passage, no two about the same thing, trouble and place.
+
+    Args:
+        count: How many, 1200 at most.
+        seed: Decides which, and their order.
+
+    Returns:
+        Records of the kind "pair". The first 500, say, to train on, and the others to measure with.
+    """
+    rng = random.Random(seed)
+    made = []
+    for thing, trouble, place in rng.sample(list(itertools.product(THINGS, TROUBLES, PLACES)), count):
+        slang = rng.choice(QUERIES).format(thing=THINGS[thing], trouble=TROUBLES[trouble], place=place)
+        plain = rng.choice(PASSAGES).format(thing=thing, trouble=trouble, place=place, cure=rng.choice(CURES))
+        made.append({"query": slang, "pos": plain})
+    return made
+
+
+def write(path: Path, records: Sequence[dict]) -> Path:
+    """Write records as lines of JSON.
+
+    Args:
+        path: The file.
+        records: The records.
+
+    Returns:
+        The file.
+    """
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Pairs in a made-up domain language.")
+    parser.add_argument("train", type=Path, help="file for the pairs to train on")
+    parser.add_argument("held_out", type=Path, help="file for the pairs to measure with")
+    parser.add_argument("--pairs", type=int, default=500, help="how many to train on; default: 500")
+    parser.add_argument("--held-out-pairs", type=int, default=150, help="how many to measure with; default: 150")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    given = parser.parse_args()
+    made = pairs(given.pairs + given.held_out_pairs, given.seed)
+    write(given.train, made[: given.pairs])
+    write(given.held_out, made[given.pairs :])

@@ -1,0 +1,1 @@
+"""Evaluation: metrics of retrieval, similarity, classification and clustering, at every Matryoshka size."""
