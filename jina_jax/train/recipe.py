@@ -75,6 +75,7 @@ class Dataset:
         in_batch_negatives: Whether other records of the batch are negatives.
         teacher: For "distill", a `.npy` file with a vector for each record, in their order.
         hold_out: Share of the records, the last of the file, that are not trained on.
+        license: Their licence, for the model card.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Dataset:
     in_batch_negatives: bool = True
     teacher: str | None = None
     hold_out: float = 0.0
+    license: str | None = None
 
 
 @dataclass(frozen=True)
