@@ -268,9 +268,26 @@ class Model(nn.Module):
         Raises:
             ValueError: If the model has no MLM head.
         """
+        return self._mlm_head()(jnp.asarray(hidden), self.embed.words.embedding)
+
+    def mlm_features(self, hidden: Float[In, "B T D"]) -> Float[Array, "B T D"]:
+        """What `mlm_logits` multiplies with the word table, for losses that never hold all scores.
+
+        Args:
+            hidden: Rows of `Output.hidden`.
+
+        Returns:
+            Compute type [B, T, D]; `mlm_logits` is its product with the rows of the word table, plus their bias.
+
+        Raises:
+            ValueError: If the model has no MLM head.
+        """
+        return self._mlm_head().features(jnp.asarray(hidden))
+
+    def _mlm_head(self) -> "MlmHead":
         if not self.config.mlm_head:
             raise ValueError("this model has no MLM head; load it with mlm_head=True")
-        return self.mlm_head(jnp.asarray(hidden), self.embed.words.embedding)
+        return self.mlm_head
 
     def _rope(self, length: int, segments: Int[In, "B T"] | None) -> Rope:
         """Rotary tables of every token: shared by all rows, or by position within the text for packed rows."""
@@ -294,14 +311,22 @@ class MlmHead(nn.Module):
 
     config: Config
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declare the parts; the table is that of the words."""
+        config = self.config
+        self.dense = LoRADense(config, "D", "E", adapted=False)
+        self.norm = LayerNorm(config)
+        self.bias = self.param("bias", nn.initializers.zeros, (config.axis_sizes["V"],), config.param_dtype)
+
+    def features(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Token vectors to what is compared with the word table, in the compute type."""
+        return self.norm(nn.gelu(self.dense(x), approximate=False))
+
     def __call__(self, x: Float[Array, "B T D"], table: Float[Array, "rows D"]) -> Float[Array, "B T V"]:
         """Token vectors to scores over the vocabulary, float32."""
-        x = LoRADense(self.config, "D", "E", adapted=False, name="dense")(x)
-        x = LayerNorm(self.config, name="norm")(nn.gelu(x, approximate=False))
-        bias = self.param("bias", nn.initializers.zeros, (table.shape[0],), self.config.param_dtype)
+        x = self.features(x)
         scores = dot("BTD,VD->BTV", constrain(x, "B T _"), constrain(table, "V _"), self.config)
-        scores = constrain(scores, "B T V") + bias.astype(jnp.float32)[None, None]
+        scores = constrain(scores, "B T V") + self.bias.astype(jnp.float32)[None, None]
         return scores[:, :, : self.config.vocab_size]  # without the rows that nobody reads
 
 

@@ -1,9 +1,10 @@
 """A large batch in parts, one after the other, with the gradient of the whole (Gao et al., 2021, GradCache).
 
 A contrastive loss needs the vectors of all texts at once, but not the activations that they came from. Each part is
-embedded without keeping any; the backward pass embeds it again. Dropout is the same both times, because a part's key is.
+embedded without keeping any; the backward pass embeds it again, with the same key and so with the same dropout.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,20 @@ def in_chunks(encode: Callable[[Any, Any], Any], rows: Any, parts: int, key: Arr
     again = jax.checkpoint(encode, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
     _, out = jax.lax.scan(lambda _, part: (None, again(*part)), None, (jax.tree.map(split, rows), keys))
     return jax.tree.map(join, out)
+
+
+def parts_of(count: int, most: int | None) -> int:
+    """Into how few equal parts so many rows can be divided.
+
+    Args:
+        count: Number of rows.
+        most: Rows of a part at most; None takes any number.
+
+    Returns:
+        The number of parts.
+    """
+    fewest = 1 if most is None else math.ceil(count / most)
+    return next(parts for parts in range(fewest, count + 1) if count % parts == 0)
 
 
 def _spread(x: Array, axis: int) -> Array:
