@@ -169,22 +169,20 @@ def value(
     metrics: dict[str, Array] = {}
     one: Callable[..., Array]
     if loss == "info_nce":
-        ids = {name: arrays[name] for name in ("query_ids", "passage_ids", "groups")}
-        negatives = None
-        if vectors.shape[1] > 2:
-            negatives = vectors[:, 2:]
-            ids |= {"negative_ids": arrays["negative_ids"], "negative_mask": arrays["lengths"][:, 2:] > 0}
-        options: dict[str, Any] = {
-            "tau": phase.tau,
-            "directions": settings.directions,
+        names = ("query_ids", "passage_ids", "negative_ids", "groups", "negative_groups")
+        options: dict[str, Any] = {name: arrays[name] for name in names if name in arrays}
+        options |= {
             "in_batch": in_batch,
             "margin": settings.margin if settings.false_negatives == "margin" else None,
-            "hardness": settings.hardness,
             "chunk": settings.chunk,
         }
+        negatives = None
+        if vectors.shape[1] > 2:
+            negatives, options["negative_mask"] = vectors[:, 2:], arrays["lengths"][:, 2:] > 0
         given = (vectors[:, 0], vectors[:, 1], negatives)
-        one = functools.partial(losses.info_nce, **ids, **options)
-        metrics = losses.info_nce_statistics(*jax.lax.stop_gradient(given), **ids)
+        how = {"tau": phase.tau, "directions": settings.directions, "hardness": settings.hardness}
+        one = functools.partial(losses.info_nce, **options, **how)
+        metrics = losses.info_nce_statistics(*jax.lax.stop_gradient(given), **options)
     elif loss == "cosent":
         given = (vectors[:, 0], vectors[:, 1])
 
@@ -243,8 +241,6 @@ def _masked_language_modelling(
 ) -> Array:
     """Mean over all tokens to be told of the batch; each part of it scores its own."""
     table, bias = variables["params"]["embed"]["words"]["embedding"], variables["params"]["mlm_head"]["bias"]
-    V = model.config.vocab_size
-
     def encode(rows: Arrays, key: Array) -> Array:
         tokens, weights = rows["tokens"][:, 0], rows["weights"]
         mask = jnp.arange(tokens.shape[1])[None] < rows["lengths"]
@@ -253,11 +249,12 @@ def _masked_language_modelling(
         features: Any = model.apply(variables, told, method="mlm_features")
         mean = losses.mlm(
             features.reshape(-1, features.shape[-1]),
-            table[:V],
-            bias[:V],
+            table,
+            bias,
             rows["targets"].reshape(-1),
             weights.reshape(-1),
             chunk=recipe.loss.vocab_chunk,
+            words=model.config.vocab_size,
         )
         # A sum, given back as one number for each row because parts are put together by rows.
         return jnp.full((len(tokens),), mean * weights.sum() / len(tokens))
