@@ -12,6 +12,7 @@ to this vocabulary): one character for one, so that offsets still count characte
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     pad_id: int
+    mask_id: int
+
+    def pieces(self) -> list[str]:
+        """The string of each id; "▁" at its front marks the beginning of a word."""
+
+    def fingerprint(self) -> str:
+        """A hash of all that its results depend on: the same in every process and on every machine."""
 
     def encode(self, text: str, max_tokens: int | None = None) -> Tokens:
         """Tokenise one text.
@@ -135,6 +143,15 @@ class JsonTokenizer:
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size()
         self.pad_id = PAD
+        self.mask_id = self.vocab_size - 1
+
+    def pieces(self) -> list[str]:
+        """The string of each id; see `Tokenizer.pieces`."""
+        return [self._backend.id_to_token(index) or "" for index in range(self.vocab_size)]
+
+    def fingerprint(self) -> str:
+        """A hash; see `Tokenizer.fingerprint`."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str, max_tokens: int | None = None) -> Tokens:
         """Tokenise one text; see `Tokenizer.encode`."""
@@ -177,9 +194,18 @@ class SentencePieceTokenizer:
             )
         self._backend = backend
         self.vocab_size: int = backend.get_piece_size() + 2  # fairseq adds <pad> and <mask>
-        self.pad_id = PAD
-        added = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK, "<mask>": self.vocab_size - 1}
+        self.pad_id, self.mask_id = PAD, self.vocab_size - 1
+        added = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK, "<mask>": self.mask_id}
         self._added = {token: np.array([index], np.int32) for token, index in added.items()}
+
+    def pieces(self) -> list[str]:
+        """The string of each id; see `Tokenizer.pieces`."""
+        of = {int(index[0]): token for token, index in self._added.items()}
+        return [of.get(index) or self._backend.id_to_piece(index - 1) for index in range(self.vocab_size)]
+
+    def fingerprint(self) -> str:
+        """A hash; see `Tokenizer.fingerprint`."""
+        return hashlib.sha256(self._backend.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str, max_tokens: int | None = None) -> Tokens:
         """Tokenise one text; see `Tokenizer.encode`."""
