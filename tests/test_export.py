@@ -206,7 +206,3 @@ def test_the_code_of_the_card_runs(tmp_path):
     for line in converting:
         _parser().parse_args(shlex.split(line, comments=True)[3:])
     assert len(converting) == 3
-        "to-torch",
-        "to-jax",
-        "merge",
-    }
