@@ -1,22 +1,26 @@
 """Losses against stored values of another library, against that library, against loops, and at their limits."""
 
+import functools
 import json
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_close, assert_close_relative
 
 import jina_jax
-from jina_jax.train import contrast, losses
+from jina_jax.train import losses
 
 # The same sums in another order, in float64.
 EXACT = 1e-12
 # The same in float32, relative to the largest component.
 FLOAT32 = 1e-6
+# For programs that run once: they compile in half the time.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MESHES = [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
@@ -106,7 +110,7 @@ def test_stored_values_and_gradients(name, goldens):
     stored = goldens["cases"][name]
     with jax.enable_x64(True):
         loss, given = case(name, goldens)
-        run = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(given)))))
+        run = jit(jax.value_and_grad(loss, argnums=tuple(range(len(given)))))
         value, gradients = run(*map(jnp.asarray, given))
         assert_close(value, stored["value"], EXACT * max(1.0, stored["value"]))
         for gradient, norm, first in zip(gradients, stored["grad_norm"], stored["grad0"], strict=True):
@@ -196,7 +200,7 @@ def test_losses_and_gradients_are_those_of_sentence_transformers(kind, tau):
     leaves = [torch.tensor(x).double().requires_grad_() for x in (q, p, n)]
     wanted = torch_loss(kind, tau)(leaves[0], leaves[1], leaves[2][:, 0], leaves[2][:, 1])
     wanted.backward()
-    value, gradients = jax.value_and_grad(our_loss(kind, tau), argnums=(0, 1, 2))(*map(jnp.asarray, (q, p, n)))
+    value, gradients = jit(jax.value_and_grad(our_loss(kind, tau), argnums=(0, 1, 2)))(*map(jnp.asarray, (q, p, n)))
     assert_close_relative(value, wanted.detach().numpy(), FLOAT32)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         theirs = np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy()
@@ -281,33 +285,22 @@ def test_duplicates_groups_and_absent_negatives_do_not_count(name):
     """T5: the loss is that of loops over what is left."""
     given, ids = batch_with_everything()
     with jax.enable_x64(True):
-        ours = losses.info_nce(*map(jnp.asarray, given), tau=0.1, **jax.tree.map(jnp.asarray, ids), **OPTIONS[name])
+        ours = jit(lambda given, ids: losses.info_nce(*given, tau=0.1, **ids, **OPTIONS[name]))(given, ids)
         assert_close(ours, by_hand(*given, tau=0.1, **ids, **OPTIONS[name]), EXACT)
 
 
-def test_a_batch_with_copies_is_the_batch_without_them():
-    """T5: each of two equal records has the same negatives, none of them its copy, as either would have alone."""
-    q, p = (jnp.asarray(drawn(seed, 4, 8), jnp.float32) for seed in (0, 1))
+def test_copies_are_no_negatives_of_each_other():
+    """T5: of four records the first two are equal; each is compared with the other two alone, these with both."""
+    q, p = drawn(0, 4, 8), drawn(1, 4, 8)
+    q[1], p[1] = q[0], p[0]
     ids = jnp.array([0, 0, 1, 2], jnp.int32)
-    rows = [0, 2, 3]
-    q, p = q.at[1].set(q[0]), p.at[1].set(p[0])
-
-    def per_row(q, p, ids):
-        rows, batch = contrast._prepare(q, p, None, None, None, None, ids, ids, None, True)
-        (block,) = contrast._compare(rows, batch, "forth", True, None)
-        return np.asarray(block.keep)
-
-    keep = per_row(q, p, ids)
-    assert keep.diagonal().all()
-    assert not keep[0, 1]
-    assert not keep[1, 0]
-    # Copies stand in the sums of others, where either would be enough: take one away and compare those two alone.
-    whole = losses.info_nce(q[:2], p[:2], tau=0.1, query_ids=ids[:2], passage_ids=ids[:2])
-    assert float(whole) == 0.0
-    without = losses.info_nce(q[jnp.array(rows)], p[jnp.array(rows)], tau=0.1)
-    alone = losses.info_nce(q, p, tau=0.1, query_ids=ids, passage_ids=ids)
-    assert np.isfinite(without)
-    assert np.isfinite(alone)
+    with jax.enable_x64(True):
+        loss = jit(lambda q, p: losses.info_nce(q, p, tau=0.1, query_ids=ids, passage_ids=ids))
+        found = loss(q, p)
+    logits = np.einsum("id,jd->ij", *(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, p))) / 0.1
+    left = [[0, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+    wanted = sum(np.logaddexp.reduce(s[i, left[i]]) - s[i, i] for s in (logits, logits.T) for i in range(4)) / 4
+    assert_close(found, wanted, EXACT)
 
 
 @pytest.mark.parametrize("options", [{}, {"directions": "joint"}, {"in_batch": False}], ids=str)
@@ -317,7 +310,7 @@ def test_nothing_left_is_no_loss_and_no_gradient(options):
     same = jnp.zeros(4, jnp.int32)
     masks = {"groups": same, "negative_mask": jnp.zeros((4, 2), bool)}
     loss = lambda *x: losses.info_nce(*x, tau=0.02, **masks, **options)  # noqa: E731
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, p, n)
+    value, gradients = jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, p, n)
     # With one softmax over all directions, the pair is there twice.
     assert_close(value, np.log(2) if options.get("directions") == "joint" else 0.0, 1e-5)
     for gradient in gradients:
@@ -332,14 +325,13 @@ def test_vectors_of_zeros_have_finite_gradients():
         parts = (losses.info_nce(x, x, tau=0.02), losses.separation(x, labels, tau=0.02), near, losses.spread_out(x))
         return sum(parts) + losses.distill(x, x + 1, how="cosine") + losses.distill(x, x + 1, how="similarity_kl")
 
-    value, gradient = jax.value_and_grad(total)(zeros)
+    value, gradient = jit(jax.value_and_grad(total))(zeros)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", ["both", "all", "own and hard"])
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_chunks_of_rows_change_nothing(name, chunk):
+@pytest.mark.parametrize("name", ["all", "own and hard"])
+def test_chunks_of_rows_change_nothing(name):
     """Of 6 rows, 4 at most are held: 3 at a time."""
     given, ids = batch_with_everything()
     with jax.enable_x64(True):
@@ -348,8 +340,8 @@ def test_chunks_of_rows_change_nothing(name, chunk):
         def loss(chunk, *x):
             return losses.info_nce(*x, tau=0.1, chunk=chunk, **ids, **OPTIONS[name])
 
-        run = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3)), static_argnums=0)
-        (one, ones), (other, others) = run(None, *given), run(chunk, *given)
+        run = jit(jax.value_and_grad(loss, argnums=(1, 2, 3)), static_argnums=0)
+        (one, ones), (other, others) = run(None, *given), run(4, *given)
         assert_close(other, one, EXACT)
         for a, b in zip(others, ones, strict=True):
             assert_close(a, b, EXACT)
@@ -390,17 +382,18 @@ def test_statistics():
     p = jnp.array([[1.0, 0, 0, 0], [0.6, 0.8, 0, 0], [0, 0.8, 0.6, 0]])
     n = jnp.array([[[0.0, 0, 0, 1]], [[0, 0, 0, 2]], [[0, 0, 1, 0]]])
     mask = jnp.array([[True], [False], [True]])
-    found = losses.info_nce_statistics(q, p, n, negative_mask=mask)
+    look = jit(losses.info_nce_statistics, static_argnames="chunk")
+    found = look(q, p, n, negative_mask=mask)
     # Rows of cosines: [1 .6 0 | 0 -], [0 .8 .8 | - 0], [0 0 .6 | 0 1]; the second is a tie, which is not a win.
     wanted = {"accuracy": 1 / 3, "positive": 0.8, "negative": (0.6 + 0.8 + 1) / 12, "hardest": 0.8, "masked": 0}
     found, wanted = ({name: float(value) for name, value in one.items()} for one in (found, wanted))
     assert found == pytest.approx(wanted, abs=1e-6)
     ids = {"query_ids": jnp.array([0, 1, 1], jnp.int32), "passage_ids": jnp.array([0, 1, 2], jnp.int32)}
     negative_ids = jnp.array([[2], [5], [2]], jnp.int32)
-    found = losses.info_nce_statistics(q, p, n, negative_mask=mask, negative_ids=negative_ids, **ids, chunk=1)
-    wanted = {"accuracy": 1, "positive": 0.8, "negative": 0.6 / 7, "hardest": 0.6 / 3 + 0, "masked": 4}
+    found = look(q, p, n, negative_mask=mask, negative_ids=negative_ids, **ids, chunk=1)
+    wanted = {"accuracy": 1, "positive": 0.8, "negative": 0.6 / 8, "hardest": 0.2, "masked": 4}
     assert {name: float(value) for name, value in found.items()} == pytest.approx(wanted, abs=1e-6)
-    alone = losses.info_nce_statistics(q, p, groups=jnp.zeros(3, jnp.int32))
+    alone = look(q, p, groups=jnp.zeros(3, jnp.int32))
     assert {name: float(value) for name, value in alone.items()} == pytest.approx(
         {"accuracy": 1, "positive": 0.8, "negative": 0, "hardest": 0, "masked": 6}, abs=1e-6
     )
@@ -410,7 +403,7 @@ def test_statistics():
 
 PAIRS = 12
 RUN = {
-    name: jax.jit(jax.value_and_grad(loss), static_argnames="tau")
+    name: jit(jax.value_and_grad(loss), static_argnames="tau")
     for name, loss in {
         "sorted": losses.cosent,
         "binary": lambda x, scores, **options: losses.cosent_binary(x, scores > 0, **options),
@@ -424,7 +417,7 @@ RUN = {
     scores=st.lists(st.sampled_from([0, 1]) | st.integers(0, 4), min_size=PAIRS, max_size=PAIRS),
     valid=st.lists(st.booleans(), min_size=PAIRS, max_size=PAIRS),
     seed=st.integers(0, 2**32 - 1),
-    tau=st.sampled_from([1.0, 0.05, 0.02]),
+    tau=st.sampled_from([1.0, 0.02]),
 )
 def test_the_fast_ways_to_cosent_are_the_slow_one(scores, valid, seed, tau):
     """T6: with ties, with pairs that do not count, with one pair, with none."""
@@ -486,9 +479,10 @@ def test_separation_leaves_out_what_does_not_count():
     x, labels = jnp.asarray(drawn(0, 6, 8), jnp.float32), jnp.array([0, 1, 0, 1, 2, 2], jnp.int32)
     valid = jnp.array([True, True, True, False, True, False])
     rows = jnp.flatnonzero(valid)
-    whole = losses.separation(x, labels, tau=0.1, valid=valid)
-    assert_close_relative(whole, losses.separation(x[rows], labels[rows], tau=0.1), FLOAT32)
-    alone = jax.value_and_grad(lambda x: losses.separation(x, labels * 0, tau=0.1))(x)
+    separation = jit(losses.separation, static_argnames="tau")
+    whole = separation(x, labels, tau=0.1, valid=valid)
+    assert_close_relative(whole, separation(x[rows], labels[rows], tau=0.1), FLOAT32)
+    alone = jit(jax.value_and_grad(lambda x: losses.separation(x, labels * 0, tau=0.1)))(x)
     assert float(alone[0]) == 0.0
     assert not np.asarray(alone[1]).any()
 
@@ -496,8 +490,7 @@ def test_separation_leaves_out_what_does_not_count():
 # ---- Words -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [None, 4, 7, 100])
-@pytest.mark.parametrize("V", [10, 13])
+@pytest.mark.parametrize(("V", "chunk"), [(10, None), (10, 4), (13, 4)])
 def test_words_in_chunks_are_words_at_once(V, chunk):
     """Both where the table can be divided and where it has to be filled up; its last row is not a word."""
     x, table, bias = drawn(0, 5, 8), drawn(1, V, 8), drawn(2, V)
@@ -512,14 +505,14 @@ def test_words_in_chunks_are_words_at_once(V, chunk):
 
     with jax.enable_x64(True):
         given = tuple(map(jnp.asarray, (x, table, bias)))
-        one, other = (jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*given) for loss in (wanted, found))
+        one, other = (jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*given) for loss in (wanted, found))
         jax.tree.map(lambda a, b: assert_close(a, b, EXACT * 10), other, one)
 
 
 def test_no_word_to_tell_is_no_loss():
     x, table = jnp.asarray(drawn(0, 3, 8), jnp.float32), jnp.asarray(drawn(1, 10, 8), jnp.float32)
     loss = lambda x: losses.mlm(x, table, jnp.zeros(10), jnp.zeros(3, jnp.int32), jnp.zeros(3), chunk=4)  # noqa: E731
-    value, gradient = jax.value_and_grad(loss)(x)
+    value, gradient = jit(jax.value_and_grad(loss))(x)
     assert float(value) == 0.0
     assert not np.asarray(gradient).any()
 
@@ -544,15 +537,14 @@ def test_words_in_chunks_need_less_memory():
 
 def test_matryoshka():
     x = jnp.asarray(drawn(0, 5, 8), jnp.float32)
-    total, by_size = losses.matryoshka(losses.spread_out, (2, 8), (3.0, 1.0), "mean")(x)
-    assert sorted(by_size) == [2, 8]
-    for size, found in by_size.items():
-        assert float(found) == float(losses.spread_out(x[:, :size]))
+    total, by_size = losses.matryoshka(jnp.sum, (2, 8), (3.0, 1.0), "mean")(x)
+    assert {size: float(one) for size, one in by_size.items()} == {2: float(x[:, :2].sum()), 8: float(x.sum())}
     assert float(total) == pytest.approx((3 * float(by_size[2]) + float(by_size[8])) / 2)
-    total, by_size = losses.matryoshka(lambda a, b, **options: losses.info_nce(a, a, b, **options), None)(
-        x, None, tau=0.1
+    total, by_size = losses.matryoshka(lambda a, b, scale: scale * a.sum() if b is None else b.sum(), None)(
+        x, None, scale=2.0
     )
-    assert by_size == {8: total}
+    assert {size: float(one) for size, one in by_size.items()} == {8: float(2 * x.sum())}
+    assert float(total) == float(by_size[8])
 
 
 def test_spread_out():
@@ -561,7 +553,7 @@ def test_spread_out():
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     cosines = (unit @ unit.T)[~np.eye(K, dtype=bool)]
     with jax.enable_x64(True):
-        value = losses.spread_out(jnp.asarray(x))
+        value = jit(losses.spread_out)(x)
         assert_close(value, cosines.mean() ** 2 + max((cosines**2).mean() - 1 / D, 0), EXACT)
     assert float(losses.spread_out(jnp.ones((1, D)))) == 0.0
     assert float(losses.spread_out(jnp.eye(D))) == 0.0  # better than random
@@ -586,8 +578,8 @@ def test_distillation():
     }
     with jax.enable_x64(True):
         for how, given in (("cosine", teacher), ("similarity_kl", wide)):
-            run = jax.value_and_grad(lambda x, y, how: losses.distill(x, y, how=how, tau=tau), argnums=(0, 1))
-            value, gradients = run(jnp.asarray(x), jnp.asarray(given), how)
+            run = jit(jax.value_and_grad(lambda x, y: losses.distill(x, y, how=how, tau=tau), argnums=(0, 1)))  # noqa: B023
+            value, gradients = run(x, given)
             assert_close(value, wanted[how].detach().numpy(), EXACT)
             assert_close(gradients[0], torch.autograd.grad(wanted[how], ours)[0].numpy(), EXACT * 10)
             assert not np.asarray(gradients[1]).any()
@@ -619,28 +611,20 @@ def equations(jaxpr):
     """Those of a program and of all programs inside it."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             yield from equations(inner)
 
 
 def everything(q, p, n, table, bias):
-    """All losses of one batch."""
+    """One of each kind of a loss."""
     number = jnp.arange(16, dtype=jnp.int32)
-    ids = {
-        "query_ids": number // 2,
-        "passage_ids": number,
-        "negative_mask": (number % 3 > 0)[:, None] | jnp.ones((1, 2), bool),
-    }
+    ids = {"query_ids": number // 2, "passage_ids": number, "negative_mask": jnp.ones((16, 2), bool)}
     return jnp.stack(
         [
-            losses.info_nce(q, p, n, tau=0.05, **ids),
             losses.info_nce(q, p, n, tau=0.05, chunk=8, **ids),
-            losses.info_nce(q, p, n, tau=0.05, directions="joint", margin=0.2, **ids),
             losses.cosent(losses.cosine(q, p), number // 3, tau=0.05),
             losses.separation(q, number // 4, tau=0.05),
             losses.mlm(q, table, bias, number, jnp.ones(16), chunk=16),
-            losses.distill(q, p, how="similarity_kl") + losses.spread_out(p),
-            sum(losses.info_nce_statistics(q, p, n, **ids).values()),
         ]
     )
 
@@ -649,7 +633,7 @@ def test_losses_on_eight_devices_are_those_on_one():
     """T7: values, and the gradient of each loss along one direction of weights, on three meshes."""
     given = [drawn(0, 16, 8), drawn(1, 16, 8), drawn(2, 16, 2, 8), drawn(3, 48, 8), drawn(4, 48)]
     given = [jnp.asarray(x, jnp.float32) for x in given]
-    weights = jnp.asarray([1.0, -0.7, 0.5, 0.3, 0.2, 0.9, 1.1, 0.0])
+    weights = jnp.asarray([1.0, -0.7, 0.5, 0.3])
 
     def loss(*x):
         values = everything(*x)
@@ -659,10 +643,9 @@ def test_losses_on_eight_devices_are_those_on_one():
         spec = [("data", "fsdp")] * 3 + ["tensor"] * 2
         placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P(axes))) for x, axes in zip(given, spec, strict=True)]
         with jina_jax.use(mesh):
-            return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(5)), has_aux=True))(*placed)
+            return jit(jax.value_and_grad(loss, argnums=tuple(range(5)), has_aux=True))(*placed)
 
     (_, values), gradients = run(jina_jax.make_mesh(devices=jax.devices()[:1]))
-    assert_close_relative(values[0], values[1], FLOAT32)
     for sizes in MESHES:
         (_, split), others = run(jina_jax.make_mesh(**sizes))
         for one, other in zip([values, *gradients], [split, *others], strict=True):
