@@ -170,7 +170,7 @@ def _load(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """Facts and arrays of the index that is kept, if it is what is wanted."""
     try:
-        with np.load(target) as kept:
+        with target.open("rb") as handle, np.load(handle) as kept:
             facts = json.loads(str(kept["facts"]))
             if any(facts[name] != wanted[name] for name in ("version", "tokenizer")):
                 return None
