@@ -141,7 +141,7 @@ def torch_loss(kind, tau):
         def get_embedding_dimension(self):
             return 32
 
-    def ranking(hard=False, **options):
+    def ranking(**options):
         return theirs.MultipleNegativesRankingLoss(Given(), scale=1 / tau, **options)
 
     both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -161,7 +161,8 @@ def torch_loss(kind, tau):
             / 6
         )
     if kind == "matryoshka":
-        loss = theirs.MatryoshkaLoss(Given(), ranking(**both), [32, 16, 8], [1, 0.5, 2])
+        inner = ranking(**both)
+        loss = theirs.MatryoshkaLoss(inner.model, inner, [32, 16, 8], [1, 0.5, 2])
         return lambda *x: 2 * loss([{"x": one} for one in x], None)
     if kind == "cosent":
         loss = theirs.CoSENTLoss(Given(), scale=1 / tau)
@@ -189,23 +190,31 @@ def our_loss(kind, tau):
 @pytest.mark.parametrize("kind", ["both", "joint", "hardness", "own", "matryoshka", "cosent", "spread_out"])
 @pytest.mark.parametrize("tau", [0.05, 0.02])
 def test_losses_and_gradients_are_those_of_sentence_transformers(kind, tau):
-    """T2: all components of all gradients, in float32; theirs in float64, so that only our rounding counts."""
+    """T2: all components of all gradients; in float64, and in float32 against their float64."""
     pytest.importorskip("sentence_transformers")
     import torch
 
-    q = drawn(0, 6, 32).astype(np.float32)
+    q = drawn(0, 6, 32)
     q[1:] += q[:1]  # close to each other, so that no loss is trivial
-    p = (q + drawn(1, 6, 32)).astype(np.float32)
-    n = (q[:, None] + drawn(2, 6, 2, 32)).astype(np.float32)
-    leaves = [torch.tensor(x).double().requires_grad_() for x in (q, p, n)]
+    given = [np.float32(x) for x in (q, q + drawn(1, 6, 32), q[:, None] + drawn(2, 6, 2, 32))]
+    leaves = [torch.tensor(x).double().requires_grad_() for x in given]
     wanted = torch_loss(kind, tau)(leaves[0], leaves[1], leaves[2][:, 0], leaves[2][:, 1])
     wanted.backward()
-    value, gradients = jit(jax.value_and_grad(our_loss(kind, tau), argnums=(0, 1, 2)))(*map(jnp.asarray, (q, p, n)))
-    assert_close_relative(value, wanted.detach().numpy(), FLOAT32)
-    for gradient, leaf in zip(gradients, leaves, strict=True):
-        theirs = np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy()
-        # The logits are up to 1 / tau, and so are their rounding errors in units of the last bit.
-        assert_close_relative(gradient, theirs, FLOAT32 * 0.05 / tau)
+    gradients = [np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy() for leaf in leaves]
+
+    def check(dtype, tolerance):
+        run = jit(jax.value_and_grad(our_loss(kind, tau), argnums=(0, 1, 2)))
+        value, ours = run(*(x.astype(dtype) for x in given))
+        assert_close_relative(value, wanted.detach().numpy(), tolerance)
+        for one, other in zip(ours, gradients, strict=True):
+            assert one.dtype == dtype
+            assert_close_relative(one, other, tolerance)
+
+    # Rounding errors of logits are relative to 1 / tau, which is as large as these get: two of them in float32, where
+    # theirs are none, and some more where both are rounded.
+    check(np.float32, 2 * 2.0**-24 / tau)
+    with jax.enable_x64(True):
+        check(np.float64, 2 * 2.0**-53 / tau * 10)
 
 
 # ---- What is no negative ---------------------------------------------------------------------------------------------
