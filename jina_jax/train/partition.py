@@ -65,6 +65,8 @@ def prepare(recipe: Recipe, mesh: jax.sharding.Mesh) -> Parts:
     compute: dict[str, Any] = {"remat": recipe.remat}
     if recipe.init.rope_base is not None:
         compute["rope_base"] = recipe.init.rope_base
+    if recipe.init.max_tokens is not None:
+        compute["max_position_embeddings"] = recipe.init.max_tokens + 2
     if recipe.dropout is not None:
         compute |= {"hidden_dropout_prob": recipe.dropout, "attention_probs_dropout_prob": recipe.dropout}
     mlm, adapting = recipe.stage == "mlm", recipe.stage == "adapter"
@@ -240,6 +242,7 @@ def finish(recipe: Recipe, parts: Parts, trainable: Tree) -> tuple[Model, Tree]:
     if recipe.stage != "adapter":
         config = parts.model.config.replace(pooler=bool(parts.aside), remat="none", dtype="float32", attention=None)
         config = config if rope is None else config.replace(rope_base=rope)
+        config = config.replace(matryoshka_dimensions=recipe.loss.dims or config.matryoshka_dimensions)
         return Model(config), {"params": layouts.nest(trainable | jax.tree.map(host, parts.aside))}
     if recipe.init.config is None:
         model, variables = checkpoint.load(parts.base)

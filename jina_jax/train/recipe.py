@@ -6,13 +6,16 @@ says nothing about how that is computed but what changes results or memory: type
 
 import ast
 import dataclasses
+import glob
 import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from jina_jax import examples
 from jina_jax.config import REMAT_POLICIES, Config
 from jina_jax.records import InputError
 
@@ -48,12 +51,14 @@ class Init:
         config: Random weights of this configuration instead; `model` then gives the tokenizer alone.
         rope_base: Rotary base in training; None keeps that of the model.
         export_rope_base: Rotary base that the export says; None keeps that of the model.
+        max_tokens: Longest text that the model takes, in training and in the export; None keeps that of the model.
     """
 
     model: str = "mini"
     config: Config | None = None
     rope_base: float | None = None
     export_rope_base: float | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -430,6 +435,78 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from one_of(f"eval.tasks: {task.name}: kind", task.kind, EVAL_KINDS)
         if not 0 < task.share <= 1:
             yield f"eval.tasks: {task.name}: share={task.share} must be more than 0 and at most 1"
+
+
+# ---- Parts of recipes ------------------------------------------------------------------------------------------
+
+
+def datasets(paths: str | Sequence[str]) -> tuple[Dataset, ...]:
+    """Data sets from files.
+
+    Args:
+        paths: Files, directories (all files of records in them, at any depth) or globs.
+
+    Returns:
+        One for each file, named after it: "msmarco" for "data/msmarco.jsonl.gz". Files of one name in several
+        directories have these before it.
+
+    Raises:
+        InputError: If there is no such file.
+    """
+    files: dict[Path, str] = {}
+    for pattern in [paths] if isinstance(paths, str) else paths:
+        path = Path(pattern)
+        found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern))
+        chosen = sorted(file for file in found if file.name.endswith(examples.SUFFIXES) and file.name[0] != ".")
+        if not chosen:
+            raise InputError(f"{pattern}: no file that ends in {', '.join(examples.SUFFIXES)}")
+        files |= {file: file.name[: file.name.index(".")] for file in chosen}
+    names = list(files.values())
+    return tuple(
+        Dataset(name if names.count(name) == 1 else f"{file.parent.name}/{file.name}", str(file))
+        for file, name in files.items()
+    )
+
+
+# What is measured with records of a kind.
+_MEASURED = {"pair": "ir", "triplet": "ir", "scored": "sts", "labelled": "classification", "text": "mlm"}
+
+
+def eval_tasks(
+    paths: str | Sequence[str] | None,
+    task: str | None = None,
+    passage_task: str | None = None,
+    share: float = 1.0,
+    **kinds: str,
+) -> tuple[EvalTask, ...]:
+    """What to measure with held-out records: retrieval, similarity, classification or perplexity, by their kind.
+
+    Args:
+        paths: As for `datasets`, or directories as BEIR has them; None for nothing.
+        task: As in `EvalTask`.
+        passage_task: As in `EvalTask`.
+        share: As in `EvalTask`.
+        **kinds: Another kind of task for a kind of records, such as labelled="clustering".
+
+    Returns:
+        A task for each file or directory, named after it.
+
+    Raises:
+        InputError: If there is no such file, or its first record is malformed.
+    """
+    found = []
+    for path in [paths] if isinstance(paths, str) else paths or ():
+        if (Path(path) / "corpus.jsonl").exists():
+            found.append(EvalTask(Path(path).name, "ir", path, task, passage_task, share=share))
+            continue
+        for one in datasets(path):
+            first = next(examples.read(one.path), None)
+            if first is None:
+                raise InputError(f"{one.path} holds no records")
+            kind = (_MEASURED | kinds)[first.kind]
+            passages = passage_task if kind in ("ir", "reranking", "triplet") else None
+            found.append(EvalTask(one.name, kind, one.path, task, passages, share=share))
+    return tuple(found)
 
 
 # ---- Changes from the command line -----------------------------------------------------------------------------
