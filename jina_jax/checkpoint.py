@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jina_jax import hub, layouts, peft, sharding
@@ -295,7 +296,10 @@ def _write(
 ) -> None:
     """Write the tensors of a table to one safetensors file."""
     tensors = {prefix + name: np.ascontiguousarray(tensor) for name, tensor in as_stored(flat, config, table, at)}
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, among others, is no OSError there
+        raise OSError(f"{file}: cannot be written ({error})") from error
 
 
 def as_stored(

@@ -77,7 +77,7 @@ def test_the_model_s_own_adapter_and_a_copy_of_another_are_where_it_can_start(ba
         parts = partition.prepare(recipe(base, trains=(task,), start=start), mesh)
         ours = partition.assemble(parts.model, parts.trainable, parts.frozen)
         assert_close(embeddings(parts.model, ours, task), embeddings(model, variables, like), EMBEDDING)
-    with pytest.raises(InputError, match="has no adapter 'mine'; it has: retrieval.query"):
+    with pytest.raises(InputError, match="has no adapter 'mine'; it has: retrieval"):
         partition.prepare(recipe(base, trains=("mine",), start="model"), mesh)
 
 

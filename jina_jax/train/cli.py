@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> None:
         InputError: If the recipe or an argument is wrong.
         SystemExit: With the exit code, if it is another one than 0, 1 and 2.
     """
-    recipe = load(args.recipe, {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in GIVEN})
+    given = {name: getattr(args, name) for name in (flag.replace("-", "_") for flag in GIVEN)}
+    if given["data"] is not None and len(given["data"]) == 1:
+        (given["data"],) = given["data"]
+    recipe = load(args.recipe, given)
     recipe = override(recipe, args.set)
     directory = Path(args.run_dir or Path("runs") / Path(args.recipe).stem)
     from jina_jax import distributed

@@ -97,7 +97,7 @@ def keep_until(path: Path, step: int) -> None:
         for line in handle:
             try:
                 row = json.loads(line) if line.endswith(b"\n") else {"step": step + 1}
-            except json.JSONDecodeError:
+            except ValueError:
                 break
             if row["step"] > step:
                 break

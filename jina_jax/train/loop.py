@@ -93,7 +93,7 @@ def train(
     """
     run, began = Path(run), time.monotonic()
     first = jax.process_index() == 0
-    mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+    mesh = _mesh(recipe)
     run.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sharding.use(mesh))
@@ -166,6 +166,7 @@ def train(
                     checkpoints.wait()
                     journal.say(f"stopped after step {done}, which is saved; the same command goes on from there")
                     return Outcome(done, False, None, facts["results"])
+            late.flush()
 
         checkpoints.wait()
         if partition.fingerprint(parts.frozen) != base:
@@ -191,6 +192,13 @@ def train(
 
 
 # ---- Before the first step -------------------------------------------------------------------------------------
+
+
+def _mesh(recipe: Recipe) -> jax.sharding.Mesh:
+    try:
+        return sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+    except ValueError as error:
+        raise InputError(f"mesh: {error}") from error
 
 
 def make_plans(recipe: Recipe, parts: Parts, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> list[plan.Plan]:
@@ -249,7 +257,7 @@ def rehearse(recipe: Recipe, run: Path) -> list[str]:
         InputError: As `train`.
         DataError: As `train`.
     """
-    mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+    mesh = _mesh(recipe)
     with sharding.use(mesh):
         parts = partition.prepare(recipe, mesh)
         plans = make_plans(recipe, parts, load_tokenizer(parts.base), mesh)
