@@ -16,44 +16,41 @@ from pathlib import Path
 
 # The crew's word for each, made up.
 THINGS = {
-    "water pump": "birezu",
-    "lamp": "gevesk",
-    "radio": "tidevra",
-    "ladder": "ribavra",
-    "boiler": "badadril",
-    "window": "velish",
-    "motor": "detalm",
-    "door": "kopthe",
-    "cable": "vegipt",
-    "oven": "getaxo",
-    "fan": "pigendu",
-    "clock": "sovark",
+    "lamp": "zuma",
+    "radio": "velo",
+    "pump": "kibo",
+    "motor": "tagu",
+    "door": "gado",
+    "window": "nelo",
+    "cable": "fopi",
+    "fan": "ribo",
+    "clock": "miku",
+    "phone": "sabi",
+    "tank": "davo",
+    "camera": "luno",
 }
 TROUBLES = {
-    "is leaking": "fopeld",
-    "is too hot": "finthu",
-    "makes a noise": "dasesk",
-    "will not start": "konapo",
-    "is broken": "ginalm",
-    "smells of smoke": "neloxi",
-    "is frozen": "marund",
-    "is dirty": "zubrin",
-    "is too slow": "hulmet",
-    "has no power": "wexlor",
+    "is broken": "pemi",
+    "is too hot": "hogu",
+    "is dirty": "besa",
+    "is frozen": "kilu",
+    "is too slow": "vora",
+    "is empty": "tibu",
+    "is wet": "nogi",
+    "is loud": "rafu",
+    "has no power": "dupi",
+    "will not start": "lobi",
 }
 PLACES = (
-    *("in the kitchen", "on the roof", "in the cellar", "at the harbour", "in the garden"),
-    *("in the library", "on the bridge", "in the tower", "at the school", "in the workshop"),
+    *("in the kitchen", "on the roof", "in the office", "at the harbour", "in the garden"),
+    *("in the library", "on the bridge", "in the tower", "at the school", "in the hall"),
 )
-CURES = (
-    *("replace the seal", "call the electrician", "clean the filter", "wait one hour", "add fresh oil"),
-    *("tighten the screws", "press the red button", "open the valve", "read page nine", "order a new one"),
-)
+CURES = ("oil it", "clean it", "replace it", "sell it", "wait", "fix it", "dry it", "test it", "open it", "lock it")
 QUERIES = ("{thing} {trouble} {place}", "{place}: {trouble} {thing}", "{trouble} {thing}, {place}?")
 PASSAGES = (
-    "If the {thing} {place} {trouble}, {cure}.",
-    "The {thing} {place} {trouble}: {cure}.",
-    "When the {thing} {trouble} {place}, {cure}.",
+    "{thing} {trouble} {place}: {cure}.",
+    "{thing} {place} {trouble}: {cure}.",
+    "{place}, {thing} {trouble}: {cure}.",
 )
 
 
@@ -72,7 +69,7 @@ def pairs(count: int = 650, seed: int = 0) -> list[dict[str, str]]:
     for thing, trouble, place in rng.sample(list(itertools.product(THINGS, TROUBLES, PLACES)), count):
         slang = rng.choice(QUERIES).format(thing=THINGS[thing], trouble=TROUBLES[trouble], place=place)
         plain = rng.choice(PASSAGES).format(thing=thing, trouble=trouble, place=place, cure=rng.choice(CURES))
-        made.append({"query": slang, "pos": plain})
+        made.append({"query": slang, "pos": plain[0].upper() + plain[1:]})
     return made
 
 
