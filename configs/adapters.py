@@ -42,6 +42,7 @@ class Adapter(NamedTuple):
         prompts: Their prompts.
         phase: Numbers of Table A1 (arXiv:2409.10173).
         sets: Bundled data sets.
+        measured: Those of them that are measured.
         clusters: Whether labels are measured by clusters.
     """
 
@@ -49,6 +50,7 @@ class Adapter(NamedTuple):
     prompts: tuple[str, ...]
     phase: Phase
     sets: tuple[str, ...]
+    measured: tuple[str, ...]
     clusters: bool = False
 
 
@@ -58,17 +60,20 @@ ADAPTERS = {
         ("Represent the query for retrieving evidence documents: ", "Represent the document for retrieval: "),
         Phase("retrieval", steps=20_000, batch=128, max_length=512, lr=5e-4, tau=0.05),
         ("search", "synthetic_f1", "synthetic_f2", "synthetic_f3", "oasst"),
+        ("search", "synthetic_f1", "synthetic_f2", "synthetic_f3", "oasst"),
     ),
     "text-matching": Adapter(
         ("text-matching",),
         ("",),
         Phase("text-matching", steps=15_000, batch=256, max_length=192, lr=1e-4, tau=0.05),
         ("scored", "nli"),
+        ("scored",),
     ),
     "classification": Adapter(
         ("classification",),
         ("",),
         Phase("classification", steps=11_500, batch=256, max_length=192, lr=5e-4, tau=0.02),
+        ("labelled",),
         ("labelled",),
     ),
     "separation": Adapter(
@@ -76,6 +81,7 @@ ADAPTERS = {
         ("",),
         Phase("separation", steps=12_500, batch=512, max_length=192, lr=5e-5, tau=0.02),
         ("labelled", "pairs"),
+        ("labelled",),
         clusters=True,
     ),
 }
@@ -156,7 +162,7 @@ def tiny(adapter: str, data: str | Sequence[str] | None, eval_data: str | None, 
         matryoshka_dimensions=(16, 32, 64),
     )
     given = data or [str(BUNDLED / f"{name}.jsonl") for name in one.sets]
-    held_out = eval_data or [str(BUNDLED / f"{name}.eval.jsonl") for name in one.sets]
+    held_out = eval_data or [str(BUNDLED / f"{name}.eval.jsonl") for name in one.measured]
     return Recipe(
         stage="adapter",
         init=Init("mini", small) if model is None else Init(model),

@@ -2,10 +2,10 @@
 
     python configs/data/make.py [DIRECTORY]
 
-They are about a little world of who does what where and when, in six languages. Each set but that of the jargon comes
-with another of records that are not in it, to measure with: `pairs.jsonl` and `pairs.eval.jsonl`. `synthetic_f1` to
-`synthetic_f3` and `oasst` are in the manner of the paper's four failure cases: misleading syntactic similarity, named
-entities, polar questions and answers of low quality.
+They are about a little world of who does what where and when, in six languages. Most sets come with another one of
+records that are not in it, to measure with: `pairs.jsonl` and `pairs.eval.jsonl`. `synthetic_f1` to `synthetic_f3` and
+`oasst` are in the manner of the paper's four failure cases: misleading syntactic similarity, named entities, polar
+questions and answers of low quality.
 """
 
 import itertools
@@ -250,7 +250,8 @@ def oasst(rng: random.Random) -> Records:
     """A good answer, four poor ones, and three good ones to other questions."""
     every = list(facts("en", rng))
     for fact in every:
-        others = rng.sample([other for other in every if other["who"] != fact["who"]], 3)
+        names = rng.sample([name for name in WORLD["en"][0] if name != fact["who"]], 3)
+        others = [rng.choice([other for other in every if other["who"] == name]) for name in names]
         yield {
             "query": f"Tell me why {fact['who']} {fact['does']} {fact['where']}.",
             "pos": reason(fact, rng),
@@ -277,7 +278,7 @@ def scored(rng: random.Random) -> Records:
         other, differ = fact, rng.sample(("who", "does", "where"), rng.randrange(4))
         for slot in differ:
             (other,) = changed(other, (slot,), rng)
-        other = otherwise(other) if rng.random() < 0.5 else other
+        other = otherwise(other) if not differ or rng.random() < 0.5 else other
         a, b = (capital("{who} {does} {where}.".format(**one)) for one in (fact, other))
         yield {"a": a, "b": b, "score": round(5 * (3 - len(differ)) / 3, 2)}
 
@@ -303,7 +304,7 @@ SETS: tuple[tuple[Callable[[random.Random], Records], int, int], ...] = (
     (synthetic_f2, 64, 24),
     (synthetic_f3, 64, 24),
     (oasst, 64, 24),
-    (nli, 96, 32),
+    (nli, 96, 0),
     (scored, 192, 64),
     (labelled, 180, 60),
 )
@@ -335,7 +336,7 @@ def make(directory: Path) -> list[Path]:
         wanted += [(maker.__name__, records[:count]), (f"{maker.__name__}.eval", records[count:])]
     records = jargon["pairs"](650)
     wanted += [("jargon", records[:500]), ("jargon.eval", records[500:])]
-    return [jargon["write"](directory / f"{name}.jsonl", made) for name, made in wanted]
+    return [jargon["write"](directory / f"{name}.jsonl", made) for name, made in wanted if made]
 
 
 if __name__ == "__main__":
