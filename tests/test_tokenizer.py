@@ -95,6 +95,16 @@ def same(a, b):
     return np.array_equal(a.ids, b.ids) and np.array_equal(a.offsets, b.offsets) and a.full_length == b.full_length
 
 
+def test_pieces_are_the_strings_of_ids(exact, spm):
+    assert exact.pieces() == spm.pieces()
+    assert exact.mask_id == spm.mask_id == exact.pieces().index("<mask>") == 250_001
+    assert "".join(exact.pieces()[index] for index in exact.encode("Hello, 世界").ids) == "<s>▁Hello,▁世界</s>"
+
+
+def test_fingerprints_tell_tokenizers_apart(exact, spm, real_tokenizer_dir):
+    assert load_tokenizer(real_tokenizer_dir).fingerprint() == exact.fingerprint() != spm.fingerprint()
+
+
 class TestGoldens:
     def test_all(self, exact):
         assert len(CASES) == 296

@@ -406,6 +406,13 @@ def test_the_hash_covers_what_decides_batches_and_no_more(tmp_path, make, write)
     assert len({first, *hashes}) == 1 + len(hashes)
 
 
+def test_the_hash_covers_the_order_whatever_made_it(make, write, monkeypatch):
+    base = Dataset("a", write("a.jsonl", pairs(12)))
+    first, rows = make(base).hash, plan.Plan.rows
+    monkeypatch.setattr(plan.Plan, "rows", lambda self, step: (rows(self, step)[0], rows(self, step)[1][::-1]))
+    assert make(base).hash != first
+
+
 def test_held_out_records_are_the_last(make, write):
     one = make(Dataset("a", write("a.jsonl", pairs(30)), hold_out=0.2))
     assert one.sources[0].records.tolist() == list(range(24))

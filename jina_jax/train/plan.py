@@ -26,6 +26,8 @@ VERSION = 1
 # Sources that a description lists; of more it tells the number.
 _LISTED = 20
 _ENDLESS = 2**62
+# Batches that the hash of a plan is told.
+_SAMPLED = 2
 
 
 class Plan:
@@ -39,13 +41,17 @@ class Plan:
         epoch: Batches in which all sources are gone through once.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], hash: str, threads: int) -> None:
-        self.sources, self.weights, self.hash = tuple(sources), tuple(weights), hash
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], identity: str, threads: int) -> None:
+        self.sources, self.weights = tuple(sources), tuple(weights)
         self._grain, self._threads = _import_grain(), threads
         parts = [self._order(number) for number in range(len(sources))]
         self._steps = self._grain.MapDataset.mix(parts, self.weights)
         self.records = sum(len(source.records) for source in sources)
         self.epoch = sum(map(_batches, sources))
+        # Another version of a library might order records otherwise: the first batches tell.
+        first = [self.rows(step) for step in range(_SAMPLED)]
+        order = [[source.name, source.records[members].tolist()] for source, members in first]
+        self.hash = hashlib.sha256(f"{identity}{json.dumps(order)}".encode()).hexdigest()
 
     def _order(self, number: int) -> Any:
         """The batches of a source, endless: its number, and which of its records."""
@@ -170,8 +176,7 @@ def make(
     if problems:
         raise InputError("\n".join(problems))
     identity = _identity(recipe, phase, chosen, prompts, max_tokens) | {"content": facts}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Plan(sources, weights, digest, recipe.data.threads)
+    return Plan(sources, weights, json.dumps(identity, sort_keys=True), recipe.data.threads)
 
 
 # ---- Parts of a plan -------------------------------------------------------------------------------------------
