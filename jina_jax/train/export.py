@@ -150,7 +150,8 @@ def _base(recipe: Recipe) -> str:
 
 def _what(recipe: Recipe, config: Config) -> str:
     sizes = {path: int(np.prod(shape)) for path, shape in layouts.parameter_shapes(config).items()}
-    total, lora = sum(sizes.values()), sum(size for path, size in sizes.items() if "lora" in path)
+    total = sum(sizes.values())
+    lora = sum(size for path, size in sizes.items() if "lora" in path and not path.startswith("pooler"))
     shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {total:,} parameters"
     if recipe.stage != "adapter":
         return f"All parameters were trained, starting from {_base(recipe)}. The model has {shape}."
@@ -236,13 +237,13 @@ def _data(recipe: Recipe, facts: Mapping[str, Any]) -> str:
 
 def _loss(dataset: Dataset) -> str:
     name = dataset.loss or DEFAULT_LOSS.get(dataset.kind or "")
-    return _LOSS_NAMES.get(name or "", "that of their kind")
+    return _LOSS_NAMES.get(name or "", "")
 
 
 def _training(recipe: Recipe, config: Config, facts: Mapping[str, Any]) -> str:
     phases = _table(
         ("phase", "steps", "batch", "tokens of a text", "highest learning rate", "τ"),
-        [(p.name, p.steps, p.batch, p.max_length, f"{p.lr:g}", f"{p.tau:g}") for p in recipe.phases],
+        [(p.name, p.steps, p.batch, p.max_length, f"{p.lr:.3g}", f"{p.tau:g}") for p in recipe.phases],
     )
     optim, loss = recipe.optim, recipe.loss
     warmup = f"{optim.warmup:.0%} of each phase" if optim.warmup < 1 else f"{optim.warmup:g} steps"
