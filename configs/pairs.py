@@ -78,8 +78,8 @@ def tiny(data: str | Sequence[str] | None, eval_data: str | None, model: str | N
         stage="pairs",
         init=Init("mini", small) if model is None else Init(model),
         phases=(
-            Phase("short", steps=60, batch=32, max_length=32, lr=3e-3, tau=0.05),
-            Phase("long", steps=20, batch=16, max_length=64, lr=1e-3, tau=0.02, min_tokens=12, grad_cache=2),
+            Phase("short", steps=40, batch=32, max_length=32, lr=3e-3, tau=0.05),
+            Phase("long", steps=10, batch=16, max_length=64, lr=1e-3, tau=0.02, min_tokens=12, grad_cache=2),
         ),
         data=Data(datasets(data or [str(BUNDLED / "pairs.jsonl"), str(BUNDLED / "translations.jsonl")])),
         loss=Loss(dims=(16, 32, 64)),
