@@ -86,6 +86,7 @@ def load(
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
     overrides = {"dtype": dtype, "param_dtype": param_dtype} | overrides
     overrides |= {} if mlm_head is None else {"mlm_head": mlm_head}
+    multiple = overrides.pop("vocab_multiple", None)  # of the tables held, not of those stored
     config = Config.from_json(directory / "config.json", **overrides)
     if (directory / "orbax").is_dir():
         return _load_orbax(directory, config, sharding.shardings(Model(config), mesh) if mesh else shardings)
@@ -109,6 +110,8 @@ def load(
         listed = "\n  ".join(problems + wrong)
         raise CheckpointError(f"{directory} is not a whole checkpoint of the {layout} layout:\n  {listed}")
 
+    if multiple is not None:
+        full = full.replace(vocab_multiple=multiple)
     if mesh is not None:
         full = sharding.padded(full, mesh)
         shardings = sharding.shardings(Model(full), mesh)

@@ -1,4 +1,4 @@
-"""The command line: `jina-jax embed`, `jina-jax embed-corpus`, `jina-jax train`, `jina-jax bench`, `jina-jax info`.
+"""The command line: `jina-jax embed`, `embed-corpus`, `train`, `data`, `ablate`, `bench` and `info`.
 
 Exit codes: 0 done; 2 a mistake in what the user gave; 1 anything else that went wrong, such as a damaged checkpoint or
 a full disk; 130 interrupted; 141 nobody reads the output any more. Errors are short, without a traceback;
@@ -15,14 +15,13 @@ import shutil
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from jina_jax import hub, records
+from jina_jax import compilation, hub, records
 from jina_jax._version import __version__
 from jina_jax.arguments import Parser, one_of, option, positive, switch, whole
 from jina_jax.quantization import PRECISIONS
@@ -156,9 +155,10 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     bench.add_argument("--json", action="store_true", help="print JSON")
 
     from jina_jax.train import cli as train_cli
+    from jina_jax.train import data_cli
 
-    train = train_cli.add(commands, raw)
-    train.set_defaults(run=_train)
+    training = train_cli.add(commands, raw)
+    data_cli.add(commands, raw)
 
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(run=_info)
@@ -166,7 +166,7 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     info.add_argument("model", nargs="?", default=model, help="as for embed --model [env: JINA_JAX_MODEL]")
     option(info, "--revision", "branch, tag or commit on the hub", metavar="NAME")
     info.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"embed": embed, "embed-corpus": corpus, "train": train, "bench": bench, "info": info}
+    return parser, {"embed": embed, "embed-corpus": corpus, **training, "bench": bench, "info": info}
 
 
 def _encoding_options(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +205,7 @@ def _embed(args: argparse.Namespace) -> None:
             "use --output FILE.npy and compare the embeddings"
         )
     directory = _find(args)
-    _enable_compilation_cache()
+    compilation.enable_cache()
     from jina_jax.embedder import Embedder
 
     embedder = Embedder.load(directory, dtype=args.dtype)
@@ -286,7 +286,7 @@ def _embed_corpus(args: argparse.Namespace) -> None:
     if inputs:
         process, processes = _place(args)
         directory = _find(args)
-        _enable_compilation_cache()
+        compilation.enable_cache()
         from jina_jax.embedder import Embedder
 
         job = corpus.Job(
@@ -367,14 +367,6 @@ def _termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(args: argparse.Namespace) -> None:
-    """`jina-jax train`."""
-    from jina_jax.train import cli as train_cli
-
-    _enable_compilation_cache()
-    train_cli.run(args)
-
-
 def _bench(args: argparse.Namespace) -> None:
     """`jina-jax bench`."""
     directory = _find(args)
@@ -409,25 +401,6 @@ def _find(args: argparse.Namespace) -> Path:
     if args.model is None:
         _print(f"jina-jax: note: this is {hub.BUNDLED_NOTE} with --model", sys.stderr)
     return hub.find(args.model or "mini", args.revision)
-
-
-def _enable_compilation_cache() -> None:
-    """Keep compiled programs on disk, where that is possible: the second run then starts at once."""
-    import jax
-
-    chosen = os.environ.get("JINA_JAX_CACHE")
-    if chosen == "off" or jax.config.values["jax_compilation_cache_dir"]:
-        return
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = Path(chosen) if chosen else base / "jina_jax" / "xla"
-        directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home directory is a RuntimeError
-        return
-    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 # ---- Entry -----------------------------------------------------------------------------------------------------

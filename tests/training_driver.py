@@ -14,8 +14,7 @@ from pathlib import Path
 
 import training
 
-from jina_jax import distributed
-from jina_jax.cli import _enable_compilation_cache
+from jina_jax import compilation, distributed
 from jina_jax.train import checkpoints, journal, loop
 
 
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--coordinator")
     parser.add_argument("--process", type=int)
     args = parser.parse_args()
-    _enable_compilation_cache()
+    compilation.enable_cache()
     distributed.start(args.coordinator, 2, args.process)
 
     where, step = args.kill.split(":")

@@ -1,4 +1,4 @@
-"""`jina-jax train`: a recipe from a Python file, changed by flags, run by `loop.train`."""
+"""`jina-jax train` and `jina-jax ablate`: recipes from a Python file, changed by flags."""
 
 import argparse
 import inspect
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jina_jax.arguments import Parser, option, positive, switch, whole
+from jina_jax.arguments import Parser, one_of, option, positive, switch, whole
 from jina_jax.records import InputError
 from jina_jax.train.recipe import Recipe, override
 
@@ -22,6 +22,15 @@ EXAMPLES = """examples:
 exit codes: 0 done, 2 a mistake in the recipe or the arguments, 3 in the records, 4 the loss diverged, 75 asked to stop
 (SIGTERM, Ctrl-C) and saved: the same command goes on; 1 anything else
 """
+TABLES = ("table6", "table7", "table8")
+ABLATE = """Run an ablation of the paper at the size of a recipe, and print its rows beside the paper's: table6 (data
+against known failures, in or out), table7 (Matryoshka sizes), table8 (one or two retrieval adapters, with or without
+instructions)."""
+ABLATE_EXAMPLES = """examples:
+  jina-jax ablate table8 --config configs/adapters.py --preset tiny
+  jina-jax ablate table6 --config configs/adapters.py --model mini --data triplets/ --eval-data held_out/
+
+"""
 EXIT_DATA, EXIT_DIVERGED, EXIT_STOPPED = 3, 4, 75
 # Flags that are arguments of get_config.
 GIVEN = {
@@ -34,16 +43,35 @@ GIVEN = {
 }
 
 
-def add(commands: Any, raw: Any) -> Parser:
-    """Add the command to a parser.
+def add(commands: Any, raw: Any) -> dict[str, Parser]:
+    """Add the commands to a parser.
 
     Args:
         commands: What `add_subparsers` gave.
         raw: The formatter of help texts.
 
     Returns:
-        Its parser.
+        Their parsers by name.
     """
+    return {"train": _add_train(commands, raw), "ablate": _add_ablate(commands, raw)}
+
+
+def _add_ablate(commands: Any, raw: Any) -> Parser:
+    parser = commands.add_parser(
+        "ablate", help="run an ablation of the paper", description=ABLATE, epilog=ABLATE_EXAMPLES, formatter_class=raw
+    )
+    parser.set_defaults(run=run_ablate)
+    parser.add_argument("table", type=one_of(TABLES), metavar="TABLE", help=f"one of {', '.join(TABLES)}")
+    parser.add_argument("--config", metavar="CONFIG", help="Python file with get_config(), such as configs/adapters.py")
+    for name, (text, action) in GIVEN.items():
+        if name != "adapter":
+            parser.add_argument(f"--{name}", help=text, action=action or "store", metavar=name.upper())
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change all recipes")
+    option(parser, "--run-dir", "directory of the runs (default: runs/TABLE)", metavar="DIR")
+    return parser
+
+
+def _add_train(commands: Any, raw: Any) -> Parser:
     parser = commands.add_parser(
         "train", help="train adapters or backbones", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw
     )
@@ -55,7 +83,9 @@ def add(commands: Any, raw: Any) -> Parser:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe, such as phases.0.lr=1e-4"
     )
     option(parser, "--run-dir", "directory of the run (default: runs/CONFIG)", metavar="DIR")
-    option(parser, "--resume", "auto (default), never, or the step of a checkpoint", default="auto", metavar="HOW")
+    # No environment variable: that of embed-corpus --resume is 1 or 0.
+    how = "auto (default), never, or the step of a checkpoint"
+    parser.add_argument("--resume", help=how, default="auto", metavar="HOW")
     switch(parser, "--allow-plan-change", "go on although recipe or records have changed", default=False)
     switch(parser, "--dry-run", "say what would be done, and the memory it takes, and stop", default=False)
     option(parser, "--coordinator", "process 0, if not told by the cluster", metavar="HOST:PORT")
@@ -71,14 +101,11 @@ def run(args: argparse.Namespace) -> None:
         InputError: If the recipe or an argument is wrong.
         SystemExit: With the exit code, if it is another one than 0, 1 and 2.
     """
-    given = {name: getattr(args, name) for name in (flag.replace("-", "_") for flag in GIVEN)}
-    if given["data"] is not None and len(given["data"]) == 1:
-        (given["data"],) = given["data"]
-    recipe = load(args.recipe, given)
-    recipe = override(recipe, args.set)
+    recipe = override(load(args.recipe, given_by(args)), args.set)
     directory = Path(args.run_dir or Path("runs") / Path(args.recipe).stem)
-    from jina_jax import distributed
+    from jina_jax import compilation, distributed
 
+    compilation.enable_cache()
     try:
         distributed.start(args.coordinator, args.num_processes, args.process_id)
     except ValueError as error:
@@ -103,6 +130,40 @@ def run(args: argparse.Namespace) -> None:
     else:
         if not outcome.finished:
             raise SystemExit(EXIT_STOPPED)
+
+
+def run_ablate(args: argparse.Namespace) -> None:
+    """Run an ablation.
+
+    Raises:
+        InputError: If a recipe or an argument is wrong.
+        SystemExit: As in `run`.
+    """
+    if args.config is None:
+        raise InputError("no --config; name a Python file with get_config(), such as configs/adapters.py")
+    from jina_jax import compilation
+    from jina_jax.train import ablate, loop
+
+    compilation.enable_cache()
+
+    def recipe(adapter: str) -> Recipe:
+        return override(load(args.config, given_by(args) | {"adapter": adapter}), args.set)
+
+    directory = Path(args.run_dir or Path("runs") / args.table)
+    try:
+        print(ablate.ablate(args.table, recipe, directory, shlex.join(["jina-jax", *sys.argv[1:]])), end="", flush=True)
+    except loop.DataError as error:
+        _leave(error, EXIT_DATA)
+    except loop.DivergedError as error:
+        _leave(error, EXIT_DIVERGED)
+
+
+def given_by(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for get_config; one file is no list."""
+    given = {name: getattr(args, name, None) for name in (flag.replace("-", "_") for flag in GIVEN)}
+    if given["data"] is not None and len(given["data"]) == 1:
+        (given["data"],) = given["data"]
+    return given
 
 
 def _leave(error: Exception, code: int) -> None:

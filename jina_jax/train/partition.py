@@ -23,6 +23,8 @@ from jina_jax.tensors import TensorFiles
 from jina_jax.train.recipe import Recipe
 
 Tree = dict[str, Any]
+# So that checkpoints have one shape whatever the mesh; any sensible one divides it.
+VOCAB_MULTIPLE = 128
 
 
 class Parts(NamedTuple):
@@ -62,7 +64,7 @@ def prepare(recipe: Recipe, mesh: jax.sharding.Mesh) -> Parts:
         FileNotFoundError: If there is no such model.
     """
     base = hub.find(recipe.init.model)
-    compute: dict[str, Any] = {"remat": recipe.remat}
+    compute: dict[str, Any] = {"remat": recipe.remat, "vocab_multiple": VOCAB_MULTIPLE}
     if recipe.init.rope_base is not None:
         compute["rope_base"] = recipe.init.rope_base
     if recipe.init.max_tokens is not None:
