@@ -421,19 +421,17 @@ RUN = {
 }
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     scores=st.lists(st.sampled_from([0, 1]) | st.integers(0, 4), min_size=PAIRS, max_size=PAIRS),
     valid=st.lists(st.booleans(), min_size=PAIRS, max_size=PAIRS),
     seed=st.integers(0, 2**32 - 1),
-    tau=st.sampled_from([1.0, 0.02]),
 )
-def test_the_fast_ways_to_cosent_are_the_slow_one(scores, valid, seed, tau):
+def test_the_fast_ways_to_cosent_are_the_slow_one(scores, valid, seed):
     """T6: with ties, with pairs that do not count, with one pair, with none."""
-    cosines, valid = np.random.default_rng(seed).uniform(-1, 1, PAIRS), np.array(valid)
+    cosines, valid, tau = np.random.default_rng(seed).uniform(-1, 1, PAIRS), np.array(valid), 0.02
     for binary in (False, True):
         levels = np.minimum(scores, 1) if binary else np.array(scores)
-        # Equal scores are in no sum, so pairs that do not count can be left out by a place of their own.
         with jax.enable_x64(True):
             rows = np.flatnonzero(valid)
             wanted = naive(cosines[rows], levels[rows], tau)
