@@ -219,8 +219,8 @@ def test_reranking_orders_each_record_for_itself(tmp_path):
     assert measure("reranking", path)["metrics"]["map"] == {4: pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)}
 
 
-def test_labels_are_fitted_on_every_second_record_or_another_file(tmp_path):
-    records = [{"text": text, "label": label} for text, label in ((EAST, "e"), (NORTH, "n")) for _ in range(6)]
+def test_labels_are_fitted_on_every_second_record_of_each_or_another_file(tmp_path):
+    records = [{"text": text, "label": label} for _ in range(6) for text, label in ((EAST, "e"), (NORTH, "n"))]
     path = write(tmp_path / "x.jsonl", *records)
     assert measure("classification", path)["metrics"]["accuracy"] == {4: 1.0}
     flipped = write(tmp_path / "y.jsonl", *({"text": r["text"], "label": "en"[r["label"] == "e"]} for r in records))
@@ -275,7 +275,7 @@ def test_mistakes_say_what_to_do(tmp_path):
         ("ir", empty, "t: .*empty.jsonl holds no records"),
         ("ir", str(tmp_path / "no.jsonl"), "no file"),
         ("ir", str(tmp_path), r"t: .* has no corpus.jsonl"),
-        ("classification", alone, "t: .* has one record; half of them are fitted on"),
+        ("classification", alone, "t: .* has no two records of one label"),
     ):
         with pytest.raises(InputError, match=message):
             measure(kind, path)

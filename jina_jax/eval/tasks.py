@@ -45,7 +45,7 @@ class Task(Protocol):
 
     @property
     def train_path(self) -> str | None:
-        """For "classification", records to fit on; None fits on every second record."""
+        """For "classification", records to fit on; None fits on every second record of each label."""
 
     @property
     def share(self) -> float:
@@ -332,15 +332,28 @@ def _classification(task: Task) -> Measure:
     records = _records(task, "labelled")
     if task.train_path is not None:
         train = _records(task, "labelled", path=task.train_path)
-    elif len(records) > 1:
-        train, records = records[::2], records[1::2]
     else:
-        raise InputError(f"{task.name}: {task.path} has one record; half of them are fitted on, so it takes two")
+        train, records = _halves(records)
+    if not records:
+        message = (
+            "has no two records of one label; half of each label's are fitted on, unless there are others for that"
+        )
+        raise InputError(f"{task.name}: {task.path} {message}")
 
     def score(fitted: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
         return metrics.classification(fitted, [r.label for r in train], held_out, [r.label for r in records])
 
     return Measure("accuracy", [r.texts[0] for r in train], [r.texts[0] for r in records], score)
+
+
+def _halves(records: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Every second record of each label, and the others."""
+    halves: tuple[list[Example], list[Example]] = ([], [])
+    seen: dict[Any, int] = {}
+    for record in records:
+        number = seen[record.label] = seen.get(record.label, -1) + 1
+        halves[number % 2].append(record)
+    return halves
 
 
 def _clustering(task: Task) -> Measure:

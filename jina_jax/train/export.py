@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jina_jax import checkpoint, layouts
+from jina_jax import checkpoint, layouts, peft
 from jina_jax._version import __version__
 from jina_jax.config import Config
 from jina_jax.model import Model
@@ -186,6 +186,14 @@ def _use(recipe: Recipe, config: Config) -> str:
         "python -m convert to-jax DIRECTORY OUTPUT  # jina_jax's own\n"
         f"{merge}```",
     ]
+    if trains:
+        lines += [
+            "With sentence-transformers and PEFT, an adapter at a time (its prompt is then yours to put before texts):",
+            "```python\n"
+            "from sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer("DIRECTORY")  # the backbone\n'
+            f'model[0].auto_model.load_adapter("DIRECTORY/{peft.folder_name(trains[0])}")\n```',
+        ]
     if config.tasks:
         rows = [
             (f"`{name}`", f'"{prompt}"' if prompt else "none", "yes" if name in trains else "no")

@@ -251,7 +251,7 @@ class EvalTask:
         path: The records.
         task: Task of the texts, or of queries; None means the bare backbone.
         passage_task: Task of passages; None means `task`.
-        train_path: For "classification", records to fit on; None fits on every second record.
+        train_path: For "classification", records to fit on; None fits on every second of each label.
         share: Share of the records, the last of the file, that are measured.
     """
 
