@@ -292,6 +292,10 @@ def test_the_files_of_a_directory_that_are_malformed_are_named(tmp_path):
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nnobody\td2\t1\n")
     with pytest.raises(InputError, match="judges no query"):
         measure("ir", str(tmp_path))
+    for broken in ({"_id": "d0"}, {"_id": "d0", "text": None}, ["d0", EAST]):
+        write(tmp_path / "corpus.jsonl", broken)
+        with pytest.raises(InputError, match=r'corpus\.jsonl:1: must be an object in JSON with "_id"'):
+            measure("ir", str(tmp_path))
 
 
 def test_an_embedder_is_measured(tmp_path):

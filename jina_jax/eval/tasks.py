@@ -1,6 +1,5 @@
 """Evaluation of an embedder on held-out records: each task is encoded once, and measured at every Matryoshka size."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from jina_jax import examples
 from jina_jax.embedder import Embedder
 from jina_jax.eval import metrics
+from jina_jax.eval.judgements import Judged, beir, from_records
 from jina_jax.examples import Example
 from jina_jax.records import InputError
 
@@ -159,27 +159,9 @@ def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # ---- The kinds of tasks ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """Queries and a corpus.
-
-    Attributes:
-        queries: Texts of the queries.
-        passages: Texts of the corpus.
-        gains: For each query how relevant which passages are.
-        lost: For each query how relevant passages are that the corpus lacks.
-        own: For each query the passage that is no answer because it is the query itself, if there is one.
-    """
-
-    queries: list[str]
-    passages: list[str]
-    gains: list[dict[int, int]]
-    lost: list[list[int]]
-    own: list[int | None]
-
-
 def _ir(task: Task) -> Measure:
-    judged = _beir(task) if Path(task.path).is_dir() else _judged(_records(task, "pair", "triplet"))
+    folder = Path(task.path)
+    judged = beir(folder, task.name) if folder.is_dir() else from_records(_records(task, "pair", "triplet"))
 
     def score(queries: np.ndarray, passages: np.ndarray) -> dict[str, float]:
         found = []
@@ -192,7 +174,7 @@ def _ir(task: Task) -> Measure:
     return Measure(f"ndcg@{CUTOFF}", judged.queries, judged.passages, score)
 
 
-def _found(judged: _Judged, number: int, scores: np.ndarray) -> dict[str, float]:
+def _found(judged: Judged, number: int, scores: np.ndarray) -> dict[str, float]:
     """What a query found, by the similarity of all passages."""
     gains = np.zeros(len(scores), np.int64)
     gains[list(judged.gains[number])] = list(judged.gains[number].values())
@@ -208,75 +190,6 @@ def _found(judged: _Judged, number: int, scores: np.ndarray) -> dict[str, float]
     ranked = np.concatenate([ranked, np.zeros(behind, np.int64), np.array(lost, np.int64)])
     found = {f"ndcg@{CUTOFF}": metrics.ndcg(ranked, CUTOFF), f"mrr@{CUTOFF}": metrics.mrr(ranked, CUTOFF)}
     return found | {f"recall@{k}": metrics.recall(ranked, k) for k in RECALLS}
-
-
-def _judged(records: Sequence[Example]) -> _Judged:
-    """Pairs or triplets as queries and a corpus: all passages, each once."""
-    corpus: dict[str, int] = {}
-    for record in records:
-        for text in (*record.positives, *record.negatives):
-            corpus.setdefault(text, len(corpus))
-    queries: dict[Any, tuple[str, dict[int, int]]] = {}
-    for record in records:
-        text = record.texts[0]
-        key = ("text", text) if record.query_id is None else ("id", record.query_id)
-        _, gains = queries.setdefault(key, (text, {}))
-        gains.update({corpus[positive]: 1 for positive in record.positives})
-    texts, gains_of = [text for text, _ in queries.values()], [gains for _, gains in queries.values()]
-    return _Judged(texts, list(corpus), gains_of, [[]] * len(texts), [None] * len(texts))
-
-
-def _beir(task: Task) -> _Judged:
-    """A directory with corpus.jsonl, queries.jsonl and qrels/*.tsv; only queries that are judged count."""
-    folder = Path(task.path)
-    for name in ("corpus.jsonl", "queries.jsonl", "qrels"):
-        if not (folder / name).exists():
-            raise InputError(f"{task.name}: {folder} has no {name}; it needs corpus.jsonl, queries.jsonl and qrels/")
-    files = sorted((folder / "qrels").glob("*.tsv"))
-    files = [file for file in files if file.stem == "test"] or files
-    if len(files) != 1:
-        raise InputError(f"{task.name}: {folder / 'qrels'} must hold test.tsv, or one .tsv alone; it has {len(files)}")
-    passages, queries = _by_id(folder / "corpus.jsonl"), _by_id(folder / "queries.jsonl")
-    judged: dict[str, dict[str, int]] = {}
-    for query, passage, gain in _qrels(files[0]):
-        if gain > 0 and query in queries:
-            judged.setdefault(query, {})[passage] = gain
-    if not judged:
-        raise InputError(f"{task.name}: {files[0]} judges no query of {folder / 'queries.jsonl'}")
-    place = {passage: index for index, passage in enumerate(passages)}
-    return _Judged(
-        [queries[query] for query in judged],
-        list(passages.values()),
-        [{place[one]: gain for one, gain in gains.items() if one in place} for gains in judged.values()],
-        [[gain for one, gain in gains.items() if one not in place] for gains in judged.values()],
-        [place.get(query) for query in judged],
-    )
-
-
-def _by_id(path: Path) -> dict[str, str]:
-    """Texts by id, titles before them."""
-    found = {}
-    for line, where in examples.lines(path):
-        try:
-            record = json.loads(line)
-            key, text, title = record["_id"], record["text"], record.get("title") or ""
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f'{where}: must be an object in JSON with "_id" and "text"') from error
-        found[str(key)] = f"{title} {text}".strip()
-    return found
-
-
-def _qrels(path: Path) -> Iterator[tuple[str, str, int]]:
-    """Lines of a query's id, a passage's id and how relevant it is; the first is a heading."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
-        parts = line.split("\t")
-        if line.strip():
-            try:
-                query, passage, gain = parts
-                yield query, passage, int(gain)
-            except ValueError as error:
-                message = "must be a query's id, a passage's id and a score, with tabs between"
-                raise InputError(f"{path}:{number}: {message}") from error
 
 
 def _sts(task: Task) -> Measure:
