@@ -161,8 +161,8 @@ def mlm(
         parts, rows = fewest, math.ceil(V / fewest)
         table = jnp.pad(table, ((0, parts * rows - V), (0, 0)))
         bias = jnp.pad(bias, (0, parts * rows - V))
-    # The table comes in as parts, so that so do its gradients: as one, all of it would be added to for every part.
-    # Where it is split over devices, each holds rows of every part.
+    # The loop takes the table in parts, and so its gradient comes in parts; of a whole table it would be added up anew
+    # for each. Where the table is split over devices, each of them holds rows of every part.
     starts = jnp.arange(parts, dtype=jnp.int32)
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         step = parts
