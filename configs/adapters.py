@@ -44,6 +44,8 @@ class Adapter(NamedTuple):
         sets: Bundled data sets.
         measured: Those of them that are measured.
         clusters: Whether labels are measured by clusters.
+        steps: Steps of the tiny preset.
+        lr: Its learning rate.
     """
 
     trains: tuple[str, ...]
@@ -52,6 +54,8 @@ class Adapter(NamedTuple):
     sets: tuple[str, ...]
     measured: tuple[str, ...]
     clusters: bool = False
+    steps: int = 60
+    lr: float = 1e-2
 
 
 ADAPTERS = {
@@ -61,6 +65,8 @@ ADAPTERS = {
         Phase("retrieval", steps=20_000, batch=128, max_length=512, lr=5e-4, tau=0.05),
         ("search", "synthetic_f1", "synthetic_f2", "synthetic_f3", "oasst"),
         ("search", "synthetic_f1", "synthetic_f2", "synthetic_f3", "oasst"),
+        steps=150,  # two adapters, which start apart
+        lr=2e-2,
     ),
     "text-matching": Adapter(
         ("text-matching",),
@@ -166,7 +172,7 @@ def tiny(adapter: str, data: str | Sequence[str] | None, eval_data: str | None, 
     return Recipe(
         stage="adapter",
         init=Init("mini", small) if model is None else Init(model),
-        phases=(Phase(adapter, steps=60, batch=16, max_length=64, lr=1e-2, tau=one.phase.tau),),
+        phases=(Phase(adapter, one.steps, batch=16, max_length=64, lr=one.lr, tau=one.phase.tau),),
         data=Data(records(adapter, datasets(given)), alpha=0.5, negatives=3),
         loss=Loss(dims=(16, 32, 64), false_negatives="unique_id" if adapter == "classification" else "ids"),
         adapters=Adapters(one.trains, prompts=one.prompts, rank=4, alpha=1.0),
