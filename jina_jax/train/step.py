@@ -180,7 +180,11 @@ def value(
         if vectors.shape[1] > 2:
             negatives, options["negative_mask"] = vectors[:, 2:], arrays["lengths"][:, 2:] > 0
         given = (vectors[:, 0], vectors[:, 1], negatives)
-        how = {"tau": phase.tau, "directions": settings.directions, "hardness": settings.hardness}
+        how: dict[str, Any] = {
+            "tau": phase.tau,
+            "directions": settings.directions,
+            "hardness": settings.hardness,
+        }
         one = functools.partial(losses.info_nce, **options, **how)
         metrics = losses.info_nce_statistics(*jax.lax.stop_gradient(given), **options)
     elif loss == "cosent":
@@ -241,6 +245,7 @@ def _masked_language_modelling(
 ) -> Array:
     """Mean over all tokens to be told of the batch; each part of it scores its own."""
     table, bias = variables["params"]["embed"]["words"]["embedding"], variables["params"]["mlm_head"]["bias"]
+
     def encode(rows: Arrays, key: Array) -> Array:
         tokens, weights = rows["tokens"][:, 0], rows["weights"]
         mask = jnp.arange(tokens.shape[1])[None] < rows["lengths"]
