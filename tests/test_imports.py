@@ -40,11 +40,23 @@ MAY_IMPORT = {
     "examples": {"records"},
     "eval": {"embedder", "examples", "records"},
     "train": {
-        *("arguments", "compilation", "config", "model", "tokenizer", "embedder", "checkpoint", "hub", "layouts", "lora", "peft"),
-        *("pooling", "sharding", "distributed", "tensors", "examples", "eval", "records", "_version"),
+        *(
+            "arguments",
+            "compilation",
+            "config",
+            "model",
+            "tokenizer",
+            "embedder",
+            "checkpoint",
+            "hub",
+            "layouts",
+            "lora",
+        ),
+        *("peft", "pooling", "sharding", "distributed", "tensors", "examples", "eval", "records", "_version"),
     },
 }
-LATE = {"bench", "records", "compilation", "info", "arguments", "cli", "__main__"}  # the command line may use everything
+# The command line may use everything.
+LATE = {"bench", "records", "compilation", "info", "arguments", "cli", "__main__"}
 NEVER = {"torch", "transformers", "peft", "convert", "fastapi", "sentence_transformers"}
 # Outside modules that a room must do without.
 WITHOUT = {
