@@ -224,13 +224,11 @@ def make_plans(recipe: Recipe, parts: Parts, tokenizer: Tokenizer, mesh: jax.sha
                 raise InputError(
                     f"{name}: batch={size} must be a multiple of {count} devices times grad_cache={phase.grad_cache}"
                 )
-    prompts = partition.prompts_of(recipe, parts.model.config) if recipe.stage == "adapter" else ("",)
-    prompts = prompts if recipe.adapters.instructions else ("",)
     if jax.process_count() > 1 and jax.process_index() > 0:
         multihost_utils.sync_global_devices("indexes")
     try:
         plans = [
-            plan.make(recipe, phase, tokenizer, (prompts[0], prompts[-1]), parts.model.config.max_tokens)
+            plan.make(recipe, phase, tokenizer, (parts.prompts[0], parts.prompts[-1]), parts.model.config.max_tokens)
             for phase in recipe.phases
         ]
     except (InputError, FileNotFoundError) as error:

@@ -37,6 +37,7 @@ class Parts(NamedTuple):
         aside: Parameters by path that no loss touches (the pooler, and the adapters of a random model that do not
             train); the export gets them as they are.
         base: Directory of the model that it came from.
+        prompts: What texts of each task that trains get in front; none for a backbone.
         notes: Lines for the log.
     """
 
@@ -45,6 +46,7 @@ class Parts(NamedTuple):
     frozen: Tree
     aside: Tree
     base: Path
+    prompts: tuple[str, ...] = ("",)
     notes: tuple[str, ...] = ()
 
 
@@ -99,14 +101,14 @@ def prepare(recipe: Recipe, mesh: jax.sharding.Mesh) -> Parts:
         if config.tasks:
             notes.append(f"adapters are left out: {', '.join(config.tasks)}")
         config = config.replace(tasks=(), prompts=())
-        return Parts(Model(config), backbone, {}, aside, base, tuple(notes))
+        return Parts(Model(config), backbone, {}, aside, base, notes=tuple(notes))
     trained = _adapter_config(recipe, config)
     adapters = _adapters(recipe, config, trained, flat, key)
     whole = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: _everywhere(x, whole), adapters)
     if recipe.init.config is not None:
         aside |= {path: x for path, x in flat.items() if "lora" in path}
-    return Parts(Model(trained), placed, backbone, aside, base, tuple(notes))
+    return Parts(Model(trained), placed, backbone, aside, base, prompts_of(recipe, config), tuple(notes))
 
 
 def _created(model: Model, mesh: jax.sharding.Mesh, key: jax.Array) -> Tree:
@@ -139,7 +141,9 @@ def _adapter_config(recipe: Recipe, config: Config) -> Config:
 
 
 def prompts_of(recipe: Recipe, config: Config) -> tuple[str, ...]:
-    """The prompt of each task that trains, whether or not texts get them in training."""
+    """The prompt of each task that trains, by the configuration of the whole model."""
+    if not recipe.adapters.instructions:
+        return ("",) * len(recipe.adapters.trains)
     if recipe.adapters.prompts is not None:
         return recipe.adapters.prompts
     known = dict(zip(config.tasks, config.prompts, strict=True))
@@ -273,8 +277,6 @@ def with_adapters(recipe: Recipe, config: Config, flat: Tree, trained: Config, t
     source = {task: trained.tasks[0] if recipe.adapters.shared else task for task in asked}
     prompts = dict(zip(config.tasks, config.prompts, strict=True))
     prompts |= dict(zip(asked, prompts_of(recipe, config), strict=True))
-    if not recipe.adapters.instructions:
-        prompts |= dict.fromkeys(asked, "")
     tasks = (*config.tasks, *(task for task in asked if task not in config.tasks))
     rank = max(config.lora_rank, trained.lora_rank) if config.tasks else trained.lora_rank
     scale = config.lora_scale if config.tasks else trained.lora_scale
@@ -300,6 +302,25 @@ def with_adapters(recipe: Recipe, config: Config, flat: Tree, trained: Config, t
                 stack[_at(axis, tasks.index(task))] = 0  # the pooler: a fresh adapter has no effect on it
         leaves[path] = stack
     return Model(result), {"params": layouts.nest(leaves)}
+
+
+def whole_set(recipe: Recipe, parts: Parts, trainable: Tree) -> tuple[Model, Tree]:
+    """The model that trains with an adapter for every task that has been asked for, be it shared or not.
+
+    Args:
+        recipe: The recipe.
+        parts: What trains.
+        trainable: As `Parts.trainable`.
+
+    Returns:
+        The model, and its variables.
+    """
+    model = parts.model
+    if recipe.stage == "adapter":
+        (first, *_), tasks = model.config.tasks, recipe.adapters.trains
+        trainable = {task: trainable.get(task, trainable[first]) for task in tasks}
+        model = Model(model.config.replace(tasks=tasks, prompts=parts.prompts))
+    return model, assemble(model, trainable, parts.frozen)
 
 
 def _at(axis: int, index: int | slice) -> tuple[Any, ...]:
