@@ -30,7 +30,8 @@ class Journal:
         self._board = _tensorboard(directory / "tensorboard", step) if recipe.log.tensorboard else None
         self._wandb = _wandb(recipe.log, directory)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=recipe.steps, initial=step, unit="step", dynamic_ncols=True)
+            form = "{percentage:3.0f}%|{bar:8}| {n}/{total} [{elapsed}<{remaining}] {postfix}"
+            self._bar = tqdm(total=recipe.steps, initial=step, dynamic_ncols=True, bar_format=form)
 
     def __enter__(self) -> "Journal":
         return self
