@@ -138,6 +138,18 @@ def test_what_is_done_is_not_done_again(whole, recipe, on_row):
 # ---- How it stops and goes on ----------------------------------------------------------------------------------
 
 
+def test_a_run_that_fell_before_its_first_checkpoint_starts_anew(whole, recipe, tmp_path, on_row, monkeypatch):
+    def fall():
+        raise RuntimeError("the power")
+
+    on_row(2, fall)
+    with pytest.raises(RuntimeError, match="the power"):
+        loop.train(recipe.replace(**QUIET), tmp_path / "run")
+    monkeypatch.undo()
+    assert loop.train(recipe.replace(**QUIET), tmp_path / "run").finished
+    assert training.rows(tmp_path / "run") == training.rows(whole)
+
+
 @pytest.mark.parametrize(("asked", "at"), [(signal.SIGTERM, 7), (signal.SIGINT, 9)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_happened(
     whole, recipe, tmp_path, on_row, monkeypatch, asked, at

@@ -25,7 +25,7 @@ class Journal:
         if not writes:
             return
         path = directory / "metrics.jsonl"
-        keep_until(path, step)
+        keep_until(path, step or -1)  # without a checkpoint, what was measured before the first step is measured again
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(directory / "tensorboard", step) if recipe.log.tensorboard else None
         self._wandb = _wandb(recipe.log, directory)

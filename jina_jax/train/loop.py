@@ -129,12 +129,11 @@ def train(
             if resumed >= end and number < len(plans) - 1:
                 continue
             # The optimizer starts anew with each phase, unless the run goes on in the middle of one.
-            state = steps.start(steps.optimizer(recipe.optim, phase), state.trainable)
+            begin = functools.partial(steps.start, steps.optimizer(recipe.optim, phase))
+            state = begin(state.trainable)
             if resumed and start <= resumed:
-                state = checkpoints.restore(resumed, state)
-                if resumed == start:
-                    state = steps.start(steps.optimizer(recipe.optim, phase), state.trainable)
-                resumed = 0
+                state, resumed = checkpoints.restore(resumed, state), 0
+                state = begin(state.trainable) if done == start else state
             advance, rate = steps.make(parts.model, recipe, phase), steps.learning_rate(recipe.optim, phase)
             late: _Late = _Late(journal, facts, recipe, phase, rate, start)
             for step, batch in _numbered(batches, done - start, phase.steps, start, mesh):
