@@ -21,7 +21,7 @@ from jina_jax import sharding
 from jina_jax._version import __version__
 from jina_jax.records import InputError
 from jina_jax.tokenizer import Tokenizer, load_tokenizer
-from jina_jax.train import evaluation, partition, plan
+from jina_jax.train import evaluation, packing, partition, plan
 from jina_jax.train import step as steps
 from jina_jax.train.batches import Batch
 from jina_jax.train.checkpoints import Checkpoints
@@ -136,7 +136,7 @@ def train(
                 state = begin(state.trainable) if done == start else state
             advance, rate = steps.make(parts.model, recipe, phase), steps.learning_rate(recipe.optim, phase)
             late: _Late = _Late(journal, facts, recipe, phase, rate, start)
-            for step, batch in _numbered(batches, done - start, phase.steps, start, mesh):
+            for step, batch in _numbered(recipe, phase, batches, done - start, start, mesh):
                 arrays = place(mesh, batch)
                 state, metrics = advance(
                     state,
@@ -260,10 +260,11 @@ def rehearse(recipe: Recipe, run: Path) -> list[str]:
         plans = make_plans(recipe, parts, load_tokenizer(parts.base), mesh)
         lines = describe(recipe, parts, plans, mesh, run)
         for phase, one in zip(recipe.phases, plans, strict=True):
-            batches = list(one.batches(0, min(phase.steps, 5), functools.partial(rows_of, mesh)))
+            batches = list(one.batches(0, min(phase.steps, 5), *_held(recipe, phase, mesh)))
             for number, batch in enumerate(batches):
-                shape = " x ".join(map(str, (batch.size, *batch.arrays["tokens"].shape[1:])))
-                lines.append(f"{phase.name} {number}  {batch.dataset} {batch.lang or ''} {batch.loss} [{shape}]")
+                length = batch.arrays["tokens"].shape[-1]
+                shape = f"{batch.size} records in {batch.padded // length} rows of {length} tokens"
+                lines.append(f"{phase.name} {number}  {batch.dataset} {batch.lang or ''} {batch.loss}: {shape}")
             state = steps.start(steps.optimizer(recipe.optim, phase), parts.trainable)
             advance, batch = steps.make(parts.model, recipe, phase), batches[0]
             how = {"loss": batch.loss, "roles": batch.roles, "in_batch": batch.in_batch}
@@ -350,14 +351,19 @@ def _saved_facts(saved: dict[str, Any], now: dict[str, Any], allowed: bool, firs
 
 
 def _numbered(
-    batches: plan.Plan, first: int, last: int, offset: int, mesh: jax.sharding.Mesh
+    recipe: Recipe, phase: Phase, batches: plan.Plan, first: int, offset: int, mesh: jax.sharding.Mesh
 ) -> Iterator[tuple[int, Batch]]:
     """Batches of a phase from one on, with the number of the step in the run."""
-    held = batches.batches(first, last, functools.partial(rows_of, mesh))
     try:
-        yield from enumerate(held, offset + first)
+        yield from enumerate(batches.batches(first, phase.steps, *_held(recipe, phase, mesh)), offset + first)
     except InputError as error:
         raise DataError(str(error)) from error
+
+
+def _held(recipe: Recipe, phase: Phase, mesh: jax.sharding.Mesh) -> tuple[Any, packing.Split | None]:
+    """Which rows of a batch are here, and how its texts are packed."""
+    split = packing.Split(sharding.parts(mesh)[0], phase.grad_cache) if recipe.data.pack else None
+    return functools.partial(rows_of, mesh), split
 
 
 def rows_of(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
@@ -386,10 +392,13 @@ def place(mesh: jax.sharding.Mesh, batch: Batch) -> Tree:
     Returns:
         Arrays over the rows of all processes.
     """
-    size = batch.size
-    rows, target = rows_of(mesh, size), sharding.placed(mesh, "B")
+    count, target = rows_of(mesh, batch.size).size, sharding.placed(mesh, "B")
 
     def put(held: np.ndarray) -> jax.Array:
+        # Of records, or of the rows that their texts share: either way each device has an equal part.
+        size = len(held) * batch.size // count
+        rows = rows_of(mesh, size)
+
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             return held[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]

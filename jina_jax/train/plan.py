@@ -15,17 +15,20 @@ import numpy as np
 
 from jina_jax.records import InputError
 from jina_jax.tokenizer import Tokenizer
-from jina_jax.train import batches, index, masking
+from jina_jax.train import batches, index, masking, packing
 from jina_jax.train.batches import Batch, Rows, Source
 from jina_jax.train.draws import Companions, Tuples
 from jina_jax.train.index import Index
 from jina_jax.train.masking import Words
+from jina_jax.train.packing import Split
 from jina_jax.train.recipe import DEFAULT_LOSS, FITTING_KINDS, Data, Dataset, Phase, Recipe
 
 VERSION = 1
 # Sources that a description lists; of more it tells the number.
 _LISTED = 20
 _ENDLESS = 2**62
+# Batches of a source by which the shape of all is chosen.
+_TRIED = 8
 # Batches that the hash of a plan is told.
 _SAMPLED = 2
 
@@ -44,6 +47,7 @@ class Plan:
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], identity: str, threads: int) -> None:
         self.sources, self.weights = tuple(sources), tuple(weights)
         self._grain, self._threads = _import_grain(), threads
+        self._chosen: dict[tuple[int, Split], packing.Rows] = {}
         parts = [self._order(number) for number in range(len(sources))]
         self._steps = self._grain.MapDataset.mix(parts, self.weights)
         self.records = sum(len(source.records) for source in sources)
@@ -83,26 +87,43 @@ class Plan:
         source, members = self.rows(step)
         return (*(drawn := batches.draw(source, members, step)).records.shape, drawn.T)
 
-    def batch(self, step: int, rows: Rows = None) -> Batch:
+    def batch(self, step: int, rows: Rows = None, split: Split | None = None) -> Batch:
         """The batch of a step.
 
         Args:
             step: Number of the step, from 0.
             rows: Rows that are held here, or how to get them from the batch's size; None holds all.
+            split: How the batch is computed, to have its texts packed for that (but for "mlm"); None packs nothing.
 
         Returns:
             The batch.
         """
         source, members = self.rows(step)
-        return batches.make(source, members, step, rows)
+        made = batches.make(source, members, step, rows)
+        if split is None or source.loss == "mlm":
+            return made
+        held = np.arange(made.size) if rows is None else rows(made.size) if callable(rows) else rows
+        lengths = batches.draw(source, members, step).lengths
+        return packing.pack(made, lengths, held, self._rows(source, split), split, source.tokenizer.pad_id)
 
-    def batches(self, start: int, stop: int, rows: Rows = None) -> Iterator[Batch]:
+    def _rows(self, source: Source, split: Split) -> packing.Rows:
+        """Rows for the batches of a source, from its first ones."""
+        number = self.sources.index(source)
+        if (number, split) not in self._chosen:
+            # Draws depend on the step by their negatives alone: any steps will do.
+            some = [self._order(number)[batch][1] for batch in range(min(_batches(source), _TRIED))]
+            lengths = [batches.draw(source, members, step).lengths for step, members in enumerate(some)]
+            self._chosen[number, split] = packing.choose(lengths, split)
+        return self._chosen[number, split]
+
+    def batches(self, start: int, stop: int, rows: Rows = None, split: Split | None = None) -> Iterator[Batch]:
         """The batches of some steps, prepared ahead by threads.
 
         Args:
             start: First step.
             stop: The one after the last.
             rows: As in `batch`.
+            split: As in `batch`.
 
         Yields:
             Batch after batch, in order.
@@ -110,7 +131,7 @@ class Plan:
         if start >= stop:
             return
         options = self._grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
-        made = self._grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, rows))
+        made = self._grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, rows, split))
         yield from made.to_iter_dataset(options)
 
     def describe(self) -> list[str]:

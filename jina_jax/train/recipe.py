@@ -109,6 +109,7 @@ class Data:
         alpha: Sets without a weight are drawn in proportion to their number of records to this power; 0 takes all in
             turn.
         by_language: Whether a batch holds one language only. It always holds one data set only.
+        pack: Whether texts share rows, so that little is padding; texts of "mlm" never do.
         buckets: Lengths in tokens that part records by their longest text: a batch comes from one part. Off if empty.
         negatives: Hard negatives of a record: more are left out (another choice each time), fewer filled up by absent
             ones. For tuples of labelled records, how many to draw.
@@ -122,6 +123,7 @@ class Data:
     exclude: tuple[str, ...] = ()
     alpha: float = 1.0
     by_language: bool = True
+    pack: bool = True
     buckets: tuple[int, ...] = ()
     negatives: int = 7
     mask_rate: float = 0.3

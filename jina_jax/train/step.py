@@ -215,29 +215,49 @@ def embed(model: Model, variables: Tree, arrays: Arrays, key: Array, parts: int,
     Args:
         model: The model; queries have its first task, passages its last, or all of them none where it has none.
         variables: Its variables.
-        arrays: Tokens [B, G, T] and lengths [B, G] of G texts for each record.
+        arrays: Tokens [B, G, T] and lengths [B, G] of G texts for each record; or texts that share rows, as
+            `packing.pack` has them.
         key: For dropout.
         parts: Number of parts.
         roles: As in `value`.
 
     Returns:
-        Float32 [B, G, D].
+        Float32 [B, G, D]; zeros for texts that are not there.
     """
-    tokens, lengths = arrays["tokens"], arrays["lengths"]
-    B, G, T = tokens.shape
-    last = max(len(model.config.tasks) - 1, 0)
-    task = np.tile(np.array([min(role, last) for role in roles], np.int32), B)
-    rows = (tokens.reshape(B * G, T), lengths.reshape(B * G), task)
+    B, G = arrays["lengths"].shape
+    last = len(model.config.tasks) - 1
 
-    def encode(rows: tuple[Array, Array, Array], key: Array) -> Array:
-        tokens, lengths, task = rows
-        mask = jnp.arange(T)[None] < lengths[:, None]
-        used = task if model.config.tasks else None
-        out: Any = model.apply(variables, tokens, mask, used, train=True, rngs={"dropout": key})
+    def apply(tokens: Array, task: Array, key: Array, **layout: Any) -> Array:
+        used = jnp.minimum(task, last) if last >= 0 else None
+        num_texts = task.shape[1] if task.ndim == 2 else None
+        options: Any = {"num_texts": num_texts, "train": True, "rngs": {"dropout": key}}
+        out: Any = model.apply(variables, tokens, task=used, **layout, **options)
         return out.pooled
 
-    pooled = grad_cache.in_chunks(encode, rows, parts, key)
-    return sharding.constrain(pooled, "B _").reshape(B, G, -1)
+    if "segments" not in arrays:
+        T = arrays["tokens"].shape[2]
+        task = jnp.asarray(np.tile(np.array(roles, np.int32), B))
+
+        def padded(rows: tuple[Array, Array, Array], key: Array) -> Array:
+            tokens, lengths, task = rows
+            return apply(tokens, task, key, mask=jnp.arange(T)[None] < lengths[:, None])
+
+        rows = (arrays["tokens"].reshape(B * G, T), arrays["lengths"].reshape(B * G), task)
+        return sharding.constrain(grad_cache.in_chunks(padded, rows, parts, key), "B _").reshape(B, G, -1)
+
+    def packed(rows: tuple[Array, Array, Array], key: Array) -> Array:
+        tokens, segments, task = rows
+        return apply(tokens, task, key, segments=segments)
+
+    rows = (arrays["tokens"], arrays["segments"], arrays["roles"])
+    pooled = sharding.constrain(grad_cache.in_chunks(packed, rows, parts, key), "B _ _")
+    # A text is on the device of its record: nothing moves between devices.
+    devices = sharding.parts(jax.sharding.get_abstract_mesh())[0]
+    places = arrays["places"].reshape(devices, -1)
+    pooled = pooled.reshape(devices, -1, pooled.shape[-1])
+    vectors = jnp.take_along_axis(pooled, jnp.maximum(places, 0)[..., None], axis=1)
+    vectors = jnp.where(places[..., None] < 0, 0.0, vectors)
+    return sharding.constrain(vectors.reshape(B, G, -1), "B _ _")
 
 
 def _masked_language_modelling(
