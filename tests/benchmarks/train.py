@@ -232,7 +232,7 @@ def load_ours(model: str, directory: Path, dtype: str) -> Open:
 
     from jina_jax import hub, sharding
     from jina_jax.tokenizer import load_tokenizer
-    from jina_jax.train import loop, partition, plan
+    from jina_jax.train import loop, packing, partition, plan
     from jina_jax.train import step as steps
 
     mesh, kept = sharding.make_mesh(), {}
@@ -260,7 +260,7 @@ def load_ours(model: str, directory: Path, dtype: str) -> Open:
                     norms.append(float(late["gradient_norm"]))
 
             with sharding.use(mesh):
-                for number, batch in enumerate(order.batches(first, last), first):
+                for number, batch in enumerate(order.batches(first, last, None, packing.Split(1)), first):
                     how = {"loss": batch.loss, "roles": batch.roles, "in_batch": batch.in_batch}
                     arrays = loop.place(mesh, batch)
                     state, metrics = advance(state, parts.frozen, arrays, np.int32(number), **how)
