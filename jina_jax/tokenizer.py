@@ -60,13 +60,6 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     pad_id: int
-    mask_id: int
-
-    def pieces(self) -> list[str]:
-        """The string of each id; "▁" at its front marks the beginning of a word."""
-
-    def fingerprint(self) -> str:
-        """A hash of all that its results depend on: the same in every process and on every machine."""
 
     def encode(self, text: str, max_tokens: int | None = None) -> Tokens:
         """Tokenise one text.
@@ -96,7 +89,20 @@ class Tokenizer(Protocol):
         """
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+@runtime_checkable
+class TrainingTokenizer(Tokenizer, Protocol):
+    """What training needs besides: words to mask, and to know that it is still the same one."""
+
+    mask_id: int
+
+    def pieces(self) -> list[str]:
+        """The string of each id; "▁" at its front marks the beginning of a word."""
+
+    def fingerprint(self) -> str:
+        """A hash of all that its results depend on: the same in every process and on every machine."""
+
+
+def load_tokenizer(path: str | Path) -> TrainingTokenizer:
     """Load the tokenizer of a checkpoint.
 
     Args:
@@ -146,11 +152,11 @@ class JsonTokenizer:
         self.mask_id = self.vocab_size - 1
 
     def pieces(self) -> list[str]:
-        """The string of each id; see `Tokenizer.pieces`."""
+        """The string of each id; see `TrainingTokenizer.pieces`."""
         return [self._backend.id_to_token(index) or "" for index in range(self.vocab_size)]
 
     def fingerprint(self) -> str:
-        """A hash; see `Tokenizer.fingerprint`."""
+        """A hash; see `TrainingTokenizer.fingerprint`."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str, max_tokens: int | None = None) -> Tokens:
@@ -199,12 +205,12 @@ class SentencePieceTokenizer:
         self._added = {token: np.array([index], np.int32) for token, index in added.items()}
 
     def pieces(self) -> list[str]:
-        """The string of each id; see `Tokenizer.pieces`."""
+        """The string of each id; see `TrainingTokenizer.pieces`."""
         of = {int(index[0]): token for token, index in self._added.items()}
         return [of.get(index) or self._backend.id_to_piece(index - 1) for index in range(self.vocab_size)]
 
     def fingerprint(self) -> str:
-        """A hash; see `Tokenizer.fingerprint`."""
+        """A hash; see `TrainingTokenizer.fingerprint`."""
         return hashlib.sha256(self._backend.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str, max_tokens: int | None = None) -> Tokens:

@@ -1,8 +1,10 @@
 """The notebooks run, and each is the same as its pair."""
 
 import json
+import os
 import re
-import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,20 +27,25 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+# As a user runs them: on one device, without the checks of this session.
+RUN = """
+import runpy, sys
+import matplotlib
+matplotlib.use("Agg")
+from matplotlib import pyplot
+runpy.run_path(sys.argv[1])
+assert pyplot.get_fignums()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    matplotlib.use("Agg")
-    monkeypatch.chdir(tmp_path)
-    from matplotlib import pyplot
-
-    try:
-        runpy.run_path(str(path))
-        assert pyplot.get_fignums()
-    finally:
-        pyplot.close("all")
+def test_notebook_runs(path, tmp_path):
+    pytest.importorskip("matplotlib")
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"MPLBACKEND": "Agg"}
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", RUN, str(path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

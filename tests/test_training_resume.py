@@ -93,7 +93,7 @@ def alone(job, whole):
     """The same recipe by one process with eight devices."""
     run = job.folder / "alone"
     quiet = {"log": Log(every=1, tensorboard=False)}
-    assert loop.train(training.recipe(job.base, job.data, **quiet), run).finished
+    assert loop.train(training.short(job.base, job.data, **quiet), run).finished
     return run
 
 
@@ -117,5 +117,5 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_on_another_mesh(job, whole
     shutil.copytree(whole, run)
     shutil.rmtree(run / "export")
     quiet = {"log": Log(every=1, tensorboard=False)}
-    assert loop.train(training.recipe(job.base, job.data, mesh=mesh, **quiet), run, resume="12").finished
+    assert loop.train(training.short(job.base, job.data, mesh=mesh, **quiet), run, resume="12").finished
     compare(run, whole)

@@ -16,7 +16,7 @@ B, T = 8, 16
 CONFIG = jina_jax.Config(
     vocab_size=4096,
     hidden_size=256,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=4,
     intermediate_size=1024,
     max_position_embeddings=130,
@@ -54,7 +54,7 @@ def compiled(merged, **changes):
     ("what", "changes"),
     [
         # The body of a loop is counted once: so that all layers are, there is none.
-        (lambda program: program.cost_analysis()["flops"], {"unroll": 4}),
+        (lambda program: program.cost_analysis()["flops"], {"unroll": 2}),
         (lambda program: program.memory_analysis().temp_size_in_bytes, {}),
     ],
     ids=["operations", "memory"],

@@ -98,6 +98,12 @@ def recipe(base: Path, folder: Path, **changes: object) -> Recipe:
     ).replace(**changes)
 
 
+def short(base: Path, folder: Path, **changes: object) -> Recipe:
+    """The same in one phase without evaluation: one program to compile."""
+    one = Phase("only", 15, 16, 16, 1e-2, tau=0.1, datasets=("triplets",))
+    return recipe(base, folder, phases=(one,), eval=Eval()).replace(**changes)
+
+
 def rows(run: Path) -> list[dict]:
     """The rows of metrics.jsonl without what depends on the clock."""
     lines = (run / "metrics.jsonl").read_text().splitlines()

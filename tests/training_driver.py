@@ -48,7 +48,7 @@ def main() -> None:
             die()
 
     checkpoints.Checkpoints.save, journal.Journal.row = saving, told
-    outcome = loop.train(training.recipe(args.base, args.data), args.run)
+    outcome = loop.train(training.short(args.base, args.data), args.run)
     assert outcome.finished
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jina_jax.examples import Example
-from jina_jax.tokenizer import Tokenizer
+from jina_jax.tokenizer import TrainingTokenizer
 from jina_jax.train import draws, masking
 from jina_jax.train.draws import Tuples
 from jina_jax.train.index import Index
@@ -89,7 +89,7 @@ class Source:
     batch: int
     max_length: int
     prefixes: tuple[str, str]
-    tokenizer: Tokenizer
+    tokenizer: TrainingTokenizer
     negatives: int
     in_batch: bool
     labels_part: bool

@@ -8,7 +8,7 @@ import numpy as np
 from jina_jax.embedder import Embedder
 from jina_jax.eval.tasks import evaluate
 from jina_jax.model import Model
-from jina_jax.tokenizer import Tokenizer
+from jina_jax.tokenizer import TrainingTokenizer
 from jina_jax.train import plan, step
 from jina_jax.train.partition import Parts, Tree, host, whole_set
 from jina_jax.train.recipe import Data, Dataset, Phase, Recipe
@@ -23,7 +23,7 @@ class Evaluator:
     It takes nothing from the run: neither records nor random numbers. Programs are compiled once.
     """
 
-    def __init__(self, recipe: Recipe, parts: Parts, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, recipe: Recipe, parts: Parts, tokenizer: TrainingTokenizer, mesh: jax.sharding.Mesh) -> None:
         self._recipe, self._parts, self._tokenizer, self._mesh = recipe, parts, tokenizer, mesh
         self._embedder: Embedder | None = None
         self._score = jax.jit(step.value, static_argnums=(0, 4, 5), static_argnames=("loss", "roles"))

@@ -24,7 +24,7 @@ import numpy as np
 from jina_jax import examples
 from jina_jax.examples import Example, Parser
 from jina_jax.records import InputError, whole_file
-from jina_jax.tokenizer import Tokenizer
+from jina_jax.tokenizer import TrainingTokenizer
 
 VERSION = 1
 SUFFIX = ".idx.npz"
@@ -101,7 +101,7 @@ class Index:
 
 def open(
     path: str | Path,
-    tokenizer: Tokenizer,
+    tokenizer: TrainingTokenizer,
     kind: str | None = None,
     directory: str | Path | None = None,
     on_bad: str = "fail",
@@ -198,7 +198,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _make(path: Path, target: Path, plain: Path, tokenizer: Tokenizer, wanted: dict[str, Any]) -> None:
+def _make(path: Path, target: Path, plain: Path, tokenizer: TrainingTokenizer, wanted: dict[str, Any]) -> None:
     """Read a file through and keep its index."""
     try:
         stamp = _stamp(path)
@@ -221,7 +221,7 @@ def _make(path: Path, target: Path, plain: Path, tokenizer: Tokenizer, wanted: d
 
 
 def _scan(
-    path: Path, tokenizer: Tokenizer, wanted: dict[str, Any], unpacked: Any
+    path: Path, tokenizer: TrainingTokenizer, wanted: dict[str, Any], unpacked: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Facts and arrays of a file."""
     parser, bad = Parser(wanted["kind"]), list[str]()

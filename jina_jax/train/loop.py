@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jina_jax import sharding
 from jina_jax._version import __version__
 from jina_jax.records import InputError
-from jina_jax.tokenizer import Tokenizer, load_tokenizer
+from jina_jax.tokenizer import TrainingTokenizer, load_tokenizer
 from jina_jax.train import evaluation, packing, partition, plan
 from jina_jax.train import step as steps
 from jina_jax.train.batches import Batch
@@ -200,7 +200,7 @@ def _mesh(recipe: Recipe) -> jax.sharding.Mesh:
         raise InputError(f"mesh: {error}") from error
 
 
-def make_plans(recipe: Recipe, parts: Parts, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> list[plan.Plan]:
+def make_plans(recipe: Recipe, parts: Parts, tokenizer: TrainingTokenizer, mesh: jax.sharding.Mesh) -> list[plan.Plan]:
     """The order of the records of each phase; the first process makes indexes that are missing, for all.
 
     Args:

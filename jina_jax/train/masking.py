@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jina_jax.tokenizer import UNK, Tokenizer
+from jina_jax.tokenizer import UNK, TrainingTokenizer
 
 # Pieces of a word at most: languages that write no blanks would have whole sentences as words.
 LONGEST = 8
@@ -28,7 +28,7 @@ class Words(NamedTuple):
     mask_id: int
 
 
-def words_of(tokenizer: Tokenizer) -> Words:
+def words_of(tokenizer: TrainingTokenizer) -> Words:
     """The tables of a tokenizer.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jina_jax.records import InputError
-from jina_jax.tokenizer import Tokenizer
+from jina_jax.tokenizer import TrainingTokenizer
 from jina_jax.train import batches, index, masking, packing
 from jina_jax.train.batches import Batch, Rows, Source
 from jina_jax.train.draws import Companions, Tuples
@@ -151,7 +151,7 @@ class Plan:
 def make(
     recipe: Recipe,
     phase: Phase,
-    tokenizer: Tokenizer,
+    tokenizer: TrainingTokenizer,
     prompts: tuple[str, str] = ("", ""),
     max_tokens: int | None = None,
 ) -> Plan:
@@ -209,7 +209,7 @@ def _source(
     dataset: Dataset,
     found: Index,
     loss: str,
-    tokenizer: Tokenizer,
+    tokenizer: TrainingTokenizer,
     prompts: tuple[str, str],
     max_tokens: int | None,
     words: Words | None,
