@@ -24,12 +24,14 @@ def test_every_text_has_a_place_of_its_own_and_rows_have_room(data):
     lengths = np.array(data.draw(st.lists(st.integers(0, 60), min_size=size[0] * size[1], max_size=size[0] * size[1])))
     lengths = lengths.reshape(size)
     lengths[:, 0] = np.maximum(lengths[:, 0], 1)
-    split = Split(devices, parts)
+    split = Split(devices, parts, data.draw(st.booleans()))
     other = np.maximum(lengths[::-1] - 7, 1) if data.draw(st.booleans()) else lengths
     rows, where = packing.lay(lengths, packing.choose([other], split), split)
     assert rows.number % parts == 0
     assert ((where >= 0) == (lengths > 0)).all()
-    for group, at in zip(np.split(lengths, devices), np.split(where, devices), strict=True):
+    groups = split.groups(len(lengths))
+    assert groups % devices == 0
+    for group, at in zip(np.split(lengths, groups), np.split(where, groups), strict=True):
         used = at[at >= 0]
         assert len(set(used.tolist())) == used.size
         assert used.max(initial=0) < rows.number * rows.places
@@ -54,12 +56,15 @@ def test_rows_hold_the_same_texts_whoever_makes_them(made):
     _, plan_ = made
     for number in range(4):
         plain = plan_.batch(number)
-        for split in (Split(1), Split(8), Split(4, 2)):
+        for split in (Split(1), Split(8), Split(4, 2), Split(2, 1, fixed=True)):
             whole = plan_.batch(number, None, split)
-            rows, size = len(whole.arrays["tokens"]) // split.devices, 16 // split.devices
+            groups = len(whole.arrays["places"])
+            assert groups == (8 if split.fixed else split.devices)
+            rows, size = len(whole.arrays["tokens"]) // groups, 16 // groups
             for record in range(16):
                 for text in range(plain.arrays["lengths"].shape[1]):
-                    length, at = plain.arrays["lengths"][record, text], whole.arrays["places"][record, text]
+                    length = plain.arrays["lengths"][record, text]
+                    at = whole.arrays["places"][record // size, record % size, text]
                     assert (at < 0) == (length == 0)
                     if not length:
                         continue
@@ -73,6 +78,16 @@ def test_rows_hold_the_same_texts_whoever_makes_them(made):
             for name, array in half.arrays.items():
                 np.testing.assert_array_equal(array, whole.arrays[name][-len(array) :])
             assert (half.padded, half.tokens) == (whole.padded, whole.tokens)
+
+
+def test_where_dropout_goes_by_rows_they_are_the_same_on_any_mesh(made):
+    _, plan_ = made
+    one, *others = (plan_.batch(3, None, Split(devices, 2, fixed=True)).arrays for devices in (1, 2, 4, 8))
+    for other in others:
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, other[name])
+    assert Split(3, fixed=True).groups(48) == 3  # where that cannot be, devices decide
+    assert Split(16, fixed=True).groups(16) == 16
 
 
 def test_few_shapes_and_little_padding(made):

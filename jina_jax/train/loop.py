@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jina_jax import sharding
 from jina_jax._version import __version__
+from jina_jax.config import Config
 from jina_jax.records import InputError
 from jina_jax.tokenizer import TrainingTokenizer, load_tokenizer
 from jina_jax.train import evaluation, packing, partition, plan
@@ -136,7 +137,7 @@ def train(
                 state = begin(state.trainable) if done == start else state
             advance, rate = steps.make(parts.model, recipe, phase), steps.learning_rate(recipe.optim, phase)
             late: _Late = _Late(journal, facts, recipe, phase, rate, start)
-            for step, batch in _numbered(recipe, phase, batches, done - start, start, mesh):
+            for step, batch in _numbered(recipe, phase, parts.model.config, batches, done - start, start, mesh):
                 arrays = place(mesh, batch)
                 state, metrics = advance(
                     state,
@@ -260,7 +261,7 @@ def rehearse(recipe: Recipe, run: Path) -> list[str]:
         plans = make_plans(recipe, parts, load_tokenizer(parts.base), mesh)
         lines = describe(recipe, parts, plans, mesh, run)
         for phase, one in zip(recipe.phases, plans, strict=True):
-            batches = list(one.batches(0, min(phase.steps, 5), *_held(recipe, phase, mesh)))
+            batches = list(one.batches(0, min(phase.steps, 5), *_held(recipe, phase, parts.model.config, mesh)))
             for number, batch in enumerate(batches):
                 length = batch.arrays["tokens"].shape[-1]
                 shape = f"{batch.size} records in {batch.padded // length} rows of {length} tokens"
@@ -351,19 +352,26 @@ def _saved_facts(saved: dict[str, Any], now: dict[str, Any], allowed: bool, firs
 
 
 def _numbered(
-    recipe: Recipe, phase: Phase, batches: plan.Plan, first: int, offset: int, mesh: jax.sharding.Mesh
+    recipe: Recipe,
+    phase: Phase,
+    config: Config,
+    batches: plan.Plan,
+    first: int,
+    offset: int,
+    mesh: jax.sharding.Mesh,
 ) -> Iterator[tuple[int, Batch]]:
     """Batches of a phase from one on, with the number of the step in the run."""
     try:
-        yield from enumerate(batches.batches(first, phase.steps, *_held(recipe, phase, mesh)), offset + first)
+        yield from enumerate(batches.batches(first, phase.steps, *_held(recipe, phase, config, mesh)), offset + first)
     except InputError as error:
         raise DataError(str(error)) from error
 
 
-def _held(recipe: Recipe, phase: Phase, mesh: jax.sharding.Mesh) -> tuple[Any, packing.Split | None]:
+def _held(recipe: Recipe, phase: Phase, config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, packing.Split | None]:
     """Which rows of a batch are here, and how its texts are packed."""
-    split = packing.Split(sharding.parts(mesh)[0], phase.grad_cache) if recipe.data.pack else None
-    return functools.partial(rows_of, mesh), split
+    noisy = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.lora_dropout) > 0
+    split = packing.Split(sharding.parts(mesh)[0], phase.grad_cache, fixed=noisy)
+    return functools.partial(rows_of, mesh), split if recipe.data.pack else None
 
 
 def rows_of(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:

@@ -7,6 +7,7 @@ so that nearly all its batches have one shape; a batch that does not fit gets mo
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,10 +17,12 @@ from jina_jax.train.batches import LADDER, Batch
 
 # Lengths of rows that are tried: from that of the longest text to some times as long, at least to this.
 TIMES, SHORTEST = 4, 128
+# Groups of records at most, where they do not go by devices.
+GROUPS = 32
 
 
 class Rows(NamedTuple):
-    """The rows of one device.
+    """The rows of a group of records.
 
     Attributes:
         number: How many.
@@ -38,10 +41,18 @@ class Split(NamedTuple):
     Attributes:
         devices: Over how many its records are split.
         parts: In how many parts each device embeds its rows.
+        fixed: Whether rows are to be the same whatever the number of devices, because dropout goes by rows: groups of
+            records are then smaller than a device's, and padding is a little more.
     """
 
     devices: int
     parts: int = 1
+    fixed: bool = False
+
+    def groups(self, size: int) -> int:
+        """Number of groups of so many records whose texts share rows."""
+        most = max(math.gcd(size, 2 * GROUPS) // 2, 1)
+        return most if self.fixed and most % self.devices == 0 else self.devices
 
 
 def choose(batches: Iterable[np.ndarray], split: Split) -> Rows:
@@ -52,9 +63,9 @@ def choose(batches: Iterable[np.ndarray], split: Split) -> Rows:
         split: How they are computed.
 
     Returns:
-        The rows of a device.
+        The rows of a group.
     """
-    groups = [group[group > 0] for lengths in batches for group in np.split(lengths, split.devices)]
+    groups = [group[group > 0] for lengths in batches for group in np.split(lengths, split.groups(len(lengths)))]
     longest = max(int(group.max(initial=1)) for group in groups)
     most = max(TIMES * longest, SHORTEST)
     found = []
@@ -74,20 +85,20 @@ def lay(lengths: np.ndarray, rows: Rows, split: Split) -> tuple[Rows, np.ndarray
         split: How the batch is computed.
 
     Returns:
-        The rows, of which there may be more, and of each text its row within its device times `rows.places` plus its
+        The rows, of which there may be more, and of each text its row within its group times `rows.places` plus its
         place, int64 [B, G], -1 for none.
     """
     if lengths.max(initial=0) > rows.length:
         rows = choose([lengths], split)
-    groups = np.split(lengths, split.devices)
+    groups = np.split(lengths, split.groups(len(lengths)))
     filled = [_fill(group.ravel(), rows.length, rows.places) for group in groups]
     count, more = rows.number, split.parts * max(rows.number // 4 // split.parts, 1)
     while count < max(map(len, filled)):
         count += more
-    where = np.full((split.devices, groups[0].size), -1)
-    for device, members in enumerate(filled):
+    where = np.full((len(groups), groups[0].size), -1)
+    for group, members in enumerate(filled):
         for row, texts in enumerate(members):
-            where[device, texts] = row * rows.places + np.arange(len(texts))
+            where[group, texts] = row * rows.places + np.arange(len(texts))
     return rows._replace(number=count), where.reshape(lengths.shape)
 
 
@@ -115,18 +126,19 @@ def pack(batch: Batch, lengths: np.ndarray, held: np.ndarray, rows: Rows, split:
     Args:
         batch: The batch, with "tokens" [b, G, T] and "lengths" [b, G] of the records held.
         lengths: Tokens of each text of the whole batch at most, int64 [B, G]; so all processes do the same.
-        held: Which records are held, int64 [b]: those of some devices, each with all of its own.
+        held: Which records are held, int64 [b]: those of whole groups.
         rows: What `choose` gave for the source.
         split: How the batch is computed.
         pad: What fills up.
 
     Returns:
         The batch with "tokens" [r, T] of rows, "segments" [r, T], "roles" int32 [r, P] of each place, and "places"
-        int32 [b, G], where on its device the text of a record is, -1 for none.
+        int32 [groups held, records of a group, G], where in its group the text of a record is, -1 for none.
     """
     rows, where = lay(lengths, rows, split)
-    size = batch.size // split.devices
-    first = held[::size] // size  # the devices held, in order
+    groups = split.groups(batch.size)
+    size = batch.size // groups
+    first = held[::size] // size  # the groups held, in order
     given, there = batch.arrays["lengths"], batch.arrays["lengths"] > 0
     # Every text by the row that it is in, among those held, and its place there.
     row = (np.searchsorted(first, held // size) * rows.number)[:, None] + where[held] // rows.places
@@ -147,5 +159,5 @@ def pack(batch: Batch, lengths: np.ndarray, held: np.ndarray, rows: Rows, split:
     segments[target] = np.repeat(place_of + 1, length_of)
     roles[row_of, place_of] = np.broadcast_to(batch.roles, there.shape)[there][order]
     arrays = batch.arrays | {"tokens": tokens, "segments": segments, "roles": roles}
-    arrays["places"] = np.where(there, where[held], -1).astype(np.int32)
-    return dataclasses.replace(batch, arrays=arrays, padded=split.devices * rows.number * rows.length)
+    arrays["places"] = np.where(there, where[held], -1).astype(np.int32).reshape(len(first), size, -1)
+    return dataclasses.replace(batch, arrays=arrays, padded=groups * rows.number * rows.length)

@@ -251,10 +251,10 @@ def embed(model: Model, variables: Tree, arrays: Arrays, key: Array, parts: int,
 
     rows = (arrays["tokens"], arrays["segments"], arrays["roles"])
     pooled = sharding.constrain(grad_cache.in_chunks(packed, rows, parts, key), "B _ _")
-    # A text is on the device of its record: nothing moves between devices.
-    devices = sharding.parts(jax.sharding.get_abstract_mesh())[0]
-    places = arrays["places"].reshape(devices, -1)
-    pooled = pooled.reshape(devices, -1, pooled.shape[-1])
+    # A text is in the rows of its record's group, and so on its device: nothing moves.
+    groups = arrays["places"].shape[0]
+    places = arrays["places"].reshape(groups, -1)
+    pooled = pooled.reshape(groups, -1, pooled.shape[-1])
     vectors = jnp.take_along_axis(pooled, jnp.maximum(places, 0)[..., None], axis=1)
     vectors = jnp.where(places[..., None] < 0, 0.0, vectors)
     return sharding.constrain(vectors.reshape(B, G, -1), "B _ _")
