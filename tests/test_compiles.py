@@ -34,6 +34,7 @@ def test_kernels_compile(generation, tmp_path):
         assert row["kernels"] == 2
 
 
+@pytest.mark.nightly
 def test_the_whole_model_fits(tmp_path):
     """A text of 8192 tokens with a task, alone on a chip or spread over eight, in 1.15 GiB."""
     file = tmp_path / "aot.json"

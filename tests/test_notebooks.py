@@ -38,8 +38,15 @@ assert pyplot.get_fignums()
 """
 
 
+# What this one does, `test_new_adapter.py` does as well, in every run.
+NIGHTLY = ("new_adapter",)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.nightly] * (path.stem in NIGHTLY), id=path.stem) for path in NOTEBOOKS],
+)
 def test_notebook_runs(path, tmp_path):
     pytest.importorskip("matplotlib")
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"MPLBACKEND": "Agg"}
