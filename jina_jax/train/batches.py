@@ -182,21 +182,24 @@ def draw(source: Source, members: np.ndarray, step: int) -> Draw:
     return Draw(records, slots, lengths, tokens, T, suffixes)
 
 
-def make(source: Source, members: np.ndarray, step: int, rows: Rows = None) -> Batch:
+def held_rows(rows: Rows, size: int) -> np.ndarray:
+    """Numbers of the rows that are held here, of a batch of so many."""
+    return np.arange(size) if rows is None else rows(size) if callable(rows) else rows
+
+
+def make(source: Source, drawn: Draw, step: int, held: np.ndarray) -> Batch:
     """Make a batch.
 
     Args:
         source: The records.
-        members: Which of `source.records`, int64 [B].
+        drawn: What `draw` gave for the step.
         step: Number of the step.
-        rows: Rows that are held here. Neither shapes nor numbers depend on it.
+        held: Rows that are held here. Neither shapes nor numbers depend on it.
 
     Returns:
         The batch.
     """
-    B, index = len(members), source.index
-    held = np.arange(B) if rows is None else rows(B) if callable(rows) else rows
-    drawn = draw(source, members, step)
+    B, index = len(drawn.records), source.index
     first = drawn.records[:, 0]
     tokens, lengths = _tokens(source, drawn, held)
     arrays = {"tokens": tokens, "lengths": lengths}

@@ -99,12 +99,11 @@ class Plan:
             The batch.
         """
         source, members = self.rows(step)
-        made = batches.make(source, members, step, rows)
+        drawn, held = batches.draw(source, members, step), batches.held_rows(rows, len(members))
+        made = batches.make(source, drawn, step, held)
         if split is None or source.loss == "mlm":
             return made
-        held = np.arange(made.size) if rows is None else rows(made.size) if callable(rows) else rows
-        lengths = batches.draw(source, members, step).lengths
-        return packing.pack(made, lengths, held, self._rows(source, split), split, source.tokenizer.pad_id)
+        return packing.pack(made, drawn.lengths, held, self._rows(source, split), split, source.tokenizer.pad_id)
 
     def _rows(self, source: Source, split: Split) -> packing.Rows:
         """Rows for the batches of a source, from its first ones."""
