@@ -9,7 +9,7 @@ import pytest
 
 import jina_jax
 from jina_jax.train import partition, step
-from jina_jax.train.recipe import Adapters, Init, Phase, Recipe
+from jina_jax.train.recipe import Adapters, Init, Loss, Phase, Recipe
 
 # So few tokens that weights, and not activations, are what a merged form pays for.
 B, T = 8, 16
@@ -62,3 +62,30 @@ def compiled(merged, **changes):
 def test_factored_adapters_cost_three_quarters_of_merged_ones_or_less(what, changes):
     factored, merged = (what(compiled(form, **changes)) for form in (False, True))
     assert factored <= 0.75 * merged, f"{factored / merged:.3f}"
+
+
+def test_distillation_by_both_is_their_weighted_sum():
+    config = CONFIG.replace(tasks=(), prompts=(), hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    config = config.replace(matryoshka_dimensions=(16, 64))
+    generator = np.random.default_rng(1)
+    arrays = {
+        "tokens": jnp.asarray(generator.integers(3, 4096, (B, 1, T)), jnp.int32),
+        "lengths": jnp.full((B, 1), T, jnp.int32),
+        "teacher": jnp.asarray(generator.standard_normal((B, 64)), jnp.float32),
+    }
+
+    def total(**loss):
+        recipe = Recipe("distill", (PHASE,), init=Init("mini", config), loss=Loss(dims=(16, 64), **loss), dropout=0.0)
+        parts = partition.prepare(recipe, jina_jax.make_mesh(devices=jax.devices()[:1]))
+        variables = partition.assemble(parts.model, parts.trainable, parts.frozen)
+        found, metrics = step.value(
+            parts.model, variables, arrays, jax.random.key(0), recipe, PHASE, loss="distill", roles=(0,)
+        )
+        return float(found), metrics
+
+    cosine, _ = total(distill="cosine")
+    similarities, _ = total(distill="similarity_kl")
+    both, metrics = total(distill="both", cosine_weight=3.0)
+    assert min(cosine, similarities) > 0.1
+    np.testing.assert_allclose(both, similarities + 3 * cosine, rtol=1e-5)
+    np.testing.assert_allclose(float(metrics["loss_cosine"]), cosine, rtol=1e-5)

@@ -149,7 +149,9 @@ class Loss:
         margin: For "margin".
         hardness: Weight of negatives by their similarity; 0 for none.
         gor: Weight of the spread-out regulariser.
-        distill: "cosine" to the teacher's vectors, or "similarity_kl" between similarities within the batch.
+        distill: "cosine" to the teacher's vectors, "similarity_kl" between similarities within the batch (at each
+            size), or "both".
+        cosine_weight: Weight of the cosine in "both".
         vocab_chunk: Rows of the vocabulary scored at once, for "mlm"; None scores all.
     """
 
@@ -163,6 +165,7 @@ class Loss:
     hardness: float = 0.0
     gor: float = 0.0
     distill: str = "cosine"
+    cosine_weight: float = 1.0
     vocab_chunk: int | None = 16_384
 
 
@@ -401,7 +404,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from one_of("loss.reduce", recipe.loss.reduce, ("sum", "mean"))
     yield from one_of("loss.directions", recipe.loss.directions, ("both", "joint"))
     yield from one_of("loss.false_negatives", recipe.loss.false_negatives, FALSE_NEGATIVES)
-    yield from one_of("loss.distill", recipe.loss.distill, ("cosine", "similarity_kl"))
+    yield from one_of("loss.distill", recipe.loss.distill, ("cosine", "similarity_kl", "both"))
     yield from one_of("optim.schedule", recipe.optim.schedule, ("linear", "cosine", "constant"))
     yield from one_of("data.on_bad_record", recipe.data.on_bad_record, ("fail", "skip"))
     names = [one.name for one in recipe.data.datasets]

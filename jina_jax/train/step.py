@@ -196,13 +196,17 @@ def value(
     elif loss == "separation":
         one = functools.partial(losses.separation, labels=arrays["labels"], tau=phase.tau)
     else:
-        one = functools.partial(losses.distill, teacher=arrays["teacher"], how=settings.distill, tau=phase.tau)
+        each = "cosine" if settings.distill == "cosine" else "similarity_kl"
+        one = functools.partial(losses.distill, teacher=arrays["teacher"], how=each, tau=phase.tau)
 
     # The teacher's vectors have but one size.
     dims = None if loss == "distill" and settings.distill == "cosine" else settings.dims
     weights = None if dims is None else settings.dim_weights
-    total, by_size = losses.matryoshka(one, dims, weights, settings.reduce)(*given)
-    metrics |= {f"loss_{size}": part for size, part in by_size.items()}
+    total, parts = losses.matryoshka(one, dims, weights, settings.reduce)(*given)
+    metrics |= {f"loss_{size}": part for size, part in parts.items()}
+    if loss == "distill" and settings.distill == "both":
+        apart = losses.distill(vectors[:, 0], arrays["teacher"], how="cosine")
+        total, metrics = total + settings.cosine_weight * apart, metrics | {"loss_cosine": apart}
     if settings.gor:
         spread = losses.spread_out(vectors[:, 0])
         total, metrics = total + settings.gor * spread, metrics | {"spread_out": spread}
