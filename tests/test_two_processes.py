@@ -19,6 +19,7 @@ import jina_jax
 from jina_jax import distributed
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
