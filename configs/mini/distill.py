@@ -1,6 +1,6 @@
 """Stage 1: the backbone learns to see texts as its teacher does, which reads them, or their English translation.
 
-    jina-jax train configs/mini/distill.py --model WORK/start --data WORK/train/distill.jsonl --run-dir WORK/runs/0/distill
+    jina-jax train configs/mini/distill.py --model WORK/start --data WORK/train/distill.jsonl --run-dir RUN/distill
 
 Beside the texts lie the teacher's vectors, `distill.npy`. Where a text has an English translation, the teacher read
 that: so languages meet in one place that is good for English.
@@ -29,7 +29,7 @@ def get_config(data: str, model: str, eval_data: str | None = None) -> Recipe:
         stage="distill",
         init=Init(model, rope_base=10_000.0),
         phases=(
-            Phase("short", steps=1200, batch=128, max_length=128, lr=5e-4, tau=0.05),
+            Phase("short", steps=620, batch=256, max_length=128, lr=6e-4, tau=0.05),
             Phase("long", steps=30, batch=24, max_length=512, lr=5e-5, tau=0.05, min_tokens=128),
         ),
         data=Data((texts,), by_language=False),
@@ -37,7 +37,7 @@ def get_config(data: str, model: str, eval_data: str | None = None) -> Recipe:
         loss=Loss(dims=DIMS, reduce="mean", distill="both", cosine_weight=5.0),
         optim=Optim(b2=0.98, schedule="cosine", warmup=0.05),
         eval=Eval(eval_tasks(eval_data), dims=DIMS),
-        save=Save(every=200, last=1),
+        save=Save(every=50, last=1),
         log=Log(every=20),
         dropout=0.0,
     )

@@ -1,6 +1,8 @@
 """Stage 2: texts that belong together come together, at every Matryoshka size, and the teacher is not forgotten.
 
-jina-jax train configs/mini/pairs.py --model WORK/runs/0/distill/export --data WORK/train --run-dir WORK/runs/0/pairs
+jina-jax train configs/mini/pairs.py --model RUN/distill/export --data WORK/train --run-dir RUN/pairs
+
+A batch holds one kind of records: translations, pages with their titles, words with their glosses, or plain texts.
 """
 
 from pathlib import Path
@@ -36,7 +38,7 @@ def get_config(data: str, model: str, eval_data: str | None = None) -> Recipe:
     return Recipe(
         stage="pairs",
         init=Init(model, rope_base=10_000.0),
-        phases=(Phase("pairs", steps=200, batch=128, max_length=128, lr=1e-4, tau=0.05),),
+        phases=(Phase("pairs", steps=100, batch=128, max_length=128, lr=1e-4, tau=0.05),),
         data=Data((*pairs, texts), by_language=False),
         loss=Loss(dims=DIMS, reduce="mean", distill="both", cosine_weight=5.0),
         optim=Optim(b2=0.98, schedule="linear", warmup=0.1),

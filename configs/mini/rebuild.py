@@ -4,7 +4,7 @@
 
 takes two to three hours on two cores, and some 3 GB of disk. What is done already is not done again: a run that was
 interrupted goes on, and another seed shares corpus, teacher and start. The model is WORK/runs/SEED/model, what was
-measured WORK/runs/SEED/results.json. Needs `pip install -e '.[train,eval,notebooks]'` and the package registries.
+measured WORK/runs/SEED/results.json. Needs `pip install -e '.[train,notebooks]'` and the package registries.
 """
 
 import argparse
@@ -20,7 +20,13 @@ import jina_jax
 from jina_jax import checkpoint
 
 HERE = Path(__file__).parent
-ADAPTERS = ("retrieval", "separation", "classification", "text-matching")
+# In the order in which they train, and what they learn from.
+ADAPTERS = {
+    "retrieval": "RUN/mined",
+    "separation": "TRAIN/separation",
+    "classification": "TRAIN/classification",
+    "text-matching": "TRAIN/scored",
+}
 # The nearest passages are mostly other names for the same thing, and the farther ones teach nothing.
 MINING = ("--query-task", "none", "--passage-task", "none", "--negatives", "3", "--range-min", "2", "--range-max", "40")
 
@@ -51,8 +57,8 @@ def steps(work: Path, seed: int) -> list[Step]:
     """
     run, train = work / "runs" / str(seed), work / "train"
 
-    def made(name: str, makes: Path, *options: str) -> Step:
-        return Step(name, makes, ("-m", f"configs.mini.{name}", "--work", str(work), *options))
+    def made(module: str, makes: Path) -> Step:
+        return Step(module, makes, ("-m", f"configs.mini.{module}", "--work", str(work)))
 
     def trained(name: str, recipe: str, model: Path, data: Path, *options: str) -> Step:
         where = ("--model", str(model), "--data", str(data), "--run-dir", str(run / name), "--set", f"seed={seed}")
@@ -67,16 +73,16 @@ def steps(work: Path, seed: int) -> list[Step]:
 
     found = [
         made("corpus", work / "report.json"),
-        made("start", work / "start"),
-        made("teacher", train / "distill.npy"),
+        made("start.teacher", train / "distill.npy"),
+        made("start.student", work / "start"),
         trained("distill", "distill", work / "start", train / "distill.jsonl"),
         trained("pairs", "pairs", run / "distill" / "export", train),
         mined("titles"),
         mined("glosses"),
     ]
     before = run / "pairs" / "export"
-    for adapter in ADAPTERS:
-        data = run / "mined" if adapter == "retrieval" else train
+    for adapter, where in ADAPTERS.items():
+        data = Path(where.replace("RUN", str(run)).replace("TRAIN", str(train)))
         found.append(trained(adapter, "adapters", before, data, "--adapter", adapter))
         before = run / adapter / "export"
     return found
@@ -109,9 +115,9 @@ def main() -> None:
             subprocess.run([sys.executable, *step.command], check=True)
     model, results = run / "model", run / "results.json"
     if not model.exists():
-        write_model(run / ADAPTERS[-1] / "export", args.work / "start", model)
+        write_model(run / [*ADAPTERS][-1] / "export", args.work / "start", model)
     if not results.exists():
-        command = ["-m", "configs.mini.evaluate", "--work", str(args.work), "--model", str(model)]
+        command = ["-m", "configs.mini.evaluation", "--work", str(args.work), "--model", str(model)]
         subprocess.run([sys.executable, *command, "--output", str(results)], check=True)
     print(f"the model is in {model}; to bundle it, copy it: {', '.join(sorted(one.name for one in model.iterdir()))}")
 
