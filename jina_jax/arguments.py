@@ -26,7 +26,7 @@ def option(parser: argparse.ArgumentParser, flag: str, help: str, **arguments: A
 
 def switch(parser: argparse.ArgumentParser, flag: str, help: str, default: bool) -> None:
     """An on/off option, `--flag` and `--no-flag`, that an environment variable can set as well."""
-    variable = "JINA_JAX_" + flag.removeprefix("--").upper()
+    variable = "JINA_JAX_" + flag.removeprefix("--").replace("-", "_").upper()
     value = os.environ.get(variable) or str(int(default))
     words = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
     if value.lower() not in words:

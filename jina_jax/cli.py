@@ -1,4 +1,4 @@
-"""The command line: `jina-jax embed`, `embed-corpus`, `train`, `data`, `ablate`, `bench` and `info`.
+"""The command line: `jina-jax embed`, `embed-corpus`, `train`, `data`, `ablate`, `serve`, `bench` and `info`.
 
 Exit codes: 0 done; 2 a mistake in what the user gave; 1 anything else that went wrong, such as a damaged checkpoint or
 a full disk; 130 interrupted; 141 nobody reads the output any more. Errors are short, without a traceback;
@@ -154,11 +154,13 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     bench.add_argument("--rounds", help="timed runs; the median counts", type=positive, default=3, metavar="N")
     bench.add_argument("--json", action="store_true", help="print JSON")
 
+    from jina_jax.serve import cli as serve_cli
     from jina_jax.train import cli as train_cli
     from jina_jax.train import data_cli
 
     training = train_cli.add(commands, raw)
     data_cli.add(commands, raw)
+    serve = serve_cli.add(commands, raw, NOTES)
 
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(run=_info)
@@ -166,7 +168,7 @@ def _parsers() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     info.add_argument("model", nargs="?", default=model, help="as for embed --model [env: JINA_JAX_MODEL]")
     option(info, "--revision", "branch, tag or commit on the hub", metavar="NAME")
     info.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"embed": embed, "embed-corpus": corpus, **training, "bench": bench, "info": info}
+    return parser, {"embed": embed, "embed-corpus": corpus, **training, "serve": serve, "bench": bench, "info": info}
 
 
 def _encoding_options(parser: argparse.ArgumentParser) -> None:

@@ -521,6 +521,36 @@ class Embedder:
                 yield found
                 found = []
 
+    def means(
+        self,
+        texts: Sequence[Text],
+        count: int,
+        *,
+        batch_tokens: int | None = None,
+        usage: Usage | None = None,
+    ) -> Float[np.ndarray, "n D"]:
+        """Means of texts that are token ids already: what `encode` does between tokenising and cutting.
+
+        Args:
+            texts: Token ids of at most `config.max_tokens`, the adapter of each, and the means wanted of it.
+            count: Means in all, n.
+            batch_tokens: As in `encode`.
+            usage: Counts to add the batches and the tokens computed to.
+
+        Returns:
+            Float32 [n, D].
+
+        Raises:
+            ValueError: If a text is too long.
+        """
+        work = self._work([], list(texts), count, batch_tokens, True, True)
+        for batch in work.batches:
+            arrays = batching.fill(batch, work.texts, self.tokenizer.pad_id, work.adapters)
+            batching.collect(batch, work.texts, np.asarray(self._compute(arrays)), work.vectors)
+        if usage is not None:
+            _count(usage, [], work)
+        return work.vectors
+
     def warmup(self, *, adapters: bool = True, batch_tokens: int | None = None) -> int:
         """Compile every program that texts can need, so that no later call has to wait for one.
 

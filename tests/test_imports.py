@@ -39,6 +39,10 @@ MAY_IMPORT = {
     "ray": {"embedder"},
     "examples": {"records"},
     "eval": {"embedder", "examples", "records"},
+    "serve": {
+        *("config", "embedder", "tokenizer", "batching", "chunking", "quantization", "pipeline", "sharding", "hub"),
+        *("arguments", "records", "compilation", "_version"),
+    },
     "train": {
         *(
             "arguments",
@@ -57,7 +61,9 @@ MAY_IMPORT = {
 }
 # The command line may use everything.
 LATE = {"bench", "records", "compilation", "info", "arguments", "cli", "__main__"}
-NEVER = {"torch", "transformers", "peft", "convert", "fastapi", "sentence_transformers"}
+NEVER = {"torch", "transformers", "peft", "convert", "sentence_transformers"}
+# Frameworks that one room alone may know.
+ONLY = {"fastapi": "serve", "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
 # Outside modules that a room must do without.
 WITHOUT = {
     "rope": {"flax"},
@@ -100,6 +106,9 @@ def test_imports_go_one_way(room):
     for file in rooms()[room]:
         modules = imports(file)
         assert not NEVER & {module.split(".")[0] for module in modules}, file
+        assert not {name for name, owner in ONLY.items() if room != owner} & {one.split(".")[0] for one in modules}, (
+            file
+        )
         assert not WITHOUT.get(room, set()) & {module.split(".")[0] for module in modules}, file
         if room in LATE:
             continue
