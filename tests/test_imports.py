@@ -40,7 +40,18 @@ MAY_IMPORT = {
     "examples": {"records"},
     "eval": {"embedder", "examples", "records"},
     "serve": {
-        *("config", "embedder", "tokenizer", "batching", "chunking", "quantization", "pipeline", "sharding", "hub"),
+        *(
+            "config",
+            "embedder",
+            "tokenizer",
+            "batching",
+            "chunking",
+            "quantization",
+            "pipeline",
+            "sharding",
+            "hub",
+            "model",
+        ),
         *("arguments", "records", "compilation", "_version"),
     },
     "train": {

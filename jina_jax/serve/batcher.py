@@ -80,7 +80,7 @@ class Waiting:
         left: Number of texts not yet computed.
         since: When it came.
         first: When its first batch began.
-        losses: Workers lost with a batch of it.
+        lost: Texts whose worker was lost.
     """
 
     model: str
@@ -91,7 +91,7 @@ class Waiting:
     left: int
     since: float = field(default_factory=time.perf_counter)
     first: float | None = None
-    losses: int = 0
+    lost: set[int] = field(default_factory=set)
 
     @property
     def tokens(self) -> int:
@@ -301,10 +301,10 @@ class Batcher:
 
     def _again(self, batch: Batch, error: WorkerLostError) -> None:
         """Put texts back whose worker was lost: computing them twice harms nobody, unless they are what killed it."""
-        for request in {id(request): request for request, _ in batch}.values():
-            request.losses += 1
-            if request.losses > 1:
+        for request, number in batch:
+            if number in request.lost:
                 _fail(request, error)
+            request.lost.add(number)
         for request, number in reversed(batch):
             if request.end.done():
                 continue

@@ -63,6 +63,9 @@ class Settings:
         metavar="NAME",
         many=True,
     )
+    prompt: tuple[str, ...] = _setting(
+        (), "text put before the inputs of a task, instead of the model's own", metavar="TASK=TEXT", many=True
+    )
     revision: str | None = _setting(None, "branch, tag or commit on the hub", metavar="NAME")
     dtype: str = _setting(
         "float32", "float32 (default, exact) or bfloat16", one_of(("float32", "bfloat16")), metavar="TYPE"
@@ -166,17 +169,18 @@ def from_arguments(args: argparse.Namespace) -> Settings:
         value = getattr(args, field.name)
         if field.metadata["many"]:
             given = os.environ.get("JINA_JAX_" + field.name.upper(), "") if value is None else None
-            parts = value if given is None else given.split(",")
-            value = tuple(part.strip() for part in parts if part.strip())
+            parts = value if given is None else [part.strip() for part in given.split(",")]
+            value = tuple(part for part in parts if part)
         values[field.name] = value
     settings = Settings(**values)
     if settings.served_model_name and len(settings.model) > 1:
         raise InputError("--served-model-name is for one model; for several give --model name=MODEL for each")
     if settings.max_model_len is not None and settings.max_model_len < 8:
         raise InputError(f"--max-model-len {settings.max_model_len} must be at least 8")
-    for value in settings.adapter:
-        if not all(value.partition("=")):
-            raise InputError(f"--adapter {value!r} must be TASK=DIR")
+    for flag, form in (("adapter", "TASK=DIR"), ("prompt", "TASK=TEXT")):
+        for value in getattr(settings, flag):
+            if not value.partition("=")[0] or "=" not in value:
+                raise InputError(f"--{flag} {value!r} must be {form}")
     return settings
 
 

@@ -1,5 +1,6 @@
 """From settings to a running server, and its end."""
 
+import dataclasses
 import logging
 import socket
 import sys
@@ -36,6 +37,7 @@ def models(given: Settings) -> tuple[list[ModelSpec], dict[str, tuple[str, ...]]
     specs: list[ModelSpec] = []
     names: dict[str, tuple[str, ...]] = {}
     adapters = dict(one.split("=", 1) for one in given.adapter)
+    prompts = dict(one.split("=", 1) for one in given.prompt)
     for number, one in enumerate(given.model or ("mini",)):
         alias, named, place = one.partition("=")
         # A path may hold "=", a name none of what paths are made of.
@@ -47,12 +49,13 @@ def models(given: Settings) -> tuple[list[ModelSpec], dict[str, tuple[str, ...]]
         own = own or usual.rpartition("/")[2]
         if own in names:
             raise InputError(f"two models are called {own!r}; name them with --model name=MODEL")
-        specs.append(ModelSpec(own, directory, adapters if number == 0 else {}, given.max_model_len))
+        changes = (adapters, prompts) if number == 0 else ({}, {})
+        specs.append(ModelSpec(own, directory, *changes, given.max_model_len))
         names[own] = ("mini",) if place in hub.BUNDLED and own != "mini" else ()
     first = specs[0].name
     if given.served_model_name:
         own, *more = given.served_model_name
-        specs[0] = ModelSpec(own, specs[0].directory, specs[0].adapters, given.max_model_len)
+        specs[0] = dataclasses.replace(specs[0], name=own)
         names = {own: tuple(more)} | {name: of for name, of in names.items() if name != first}
     elif len(specs) == 1 and "=" not in (given.model or ("mini",))[0] and first != HOSTED_NAME:
         names[first] = (*names[first], HOSTED_NAME)

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
@@ -24,11 +24,12 @@ from jina_jax.config import Config
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model to load: its name, directory, further adapters by task, and attributes of `Config` to change."""
+    """A model to load: its name, directory, further adapters and other prompts by task, and its longest text."""
 
     name: str
     directory: Path
-    adapters: dict[str, str]
+    adapters: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
     max_model_len: int | None = None
 
 
@@ -132,15 +133,21 @@ def load(spec: Spec) -> dict[str, Any]:
     """
     from jina_jax import sharding
     from jina_jax.embedder import Embedder
+    from jina_jax.model import Model
 
     axes: dict[str, Any] = {"data": 1} | dict(spec.mesh or ())
     mesh = None if spec.mesh is None else sharding.make_mesh(**axes)
     embedders = {}
     for one in spec.models:
         found = Embedder.load(one.directory, dtype=spec.dtype, mesh=mesh, adapters=one.adapters)
-        if one.max_model_len is not None and one.max_model_len < found.config.max_tokens:
-            config = found.config.replace(max_position_embeddings=one.max_model_len + 2)
-            found = Embedder(type(found.model)(config), found.variables, found.tokenizer, mesh)
+        config = found.config
+        for task, prompt in one.prompts.items():
+            at = config.task_id(task)
+            config = config.replace(prompts=(*config.prompts[:at], prompt, *config.prompts[at + 1 :]))
+        if one.max_model_len is not None and one.max_model_len < config.max_tokens:
+            config = config.replace(max_position_embeddings=one.max_model_len + 2)
+        if config != found.config:
+            found = Embedder(Model(config), found.variables, found.tokenizer, mesh)
         embedders[one.name] = found
     return embedders
 
