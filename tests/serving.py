@@ -2,12 +2,19 @@
 
 import asyncio
 import contextlib
+import functools
+import json
+import os
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import httpx
+import psutil
 import uvicorn
 from conftest import random_variables
 
@@ -16,6 +23,7 @@ from jina_jax.serve import app, http
 from jina_jax.serve.settings import Settings
 from jina_jax.serve.worker import ModelSpec, Spec
 
+ROOT = Path(__file__).parent.parent
 MINI = Path(jina_jax.__file__).parent / "mini"
 PROMPTS = ("Find what answers: ", "A document: ", "", "", "")
 TASKS = (None, *jina_jax.TASKS)
@@ -39,6 +47,9 @@ def save_small(path: Path) -> Path:
     return jina_jax.save(path, model, random_variables(model), layout="original", tokenizer=MINI)
 
 
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reading the system's certificates takes longer than a request
+
+
 class Running:
     """A server that runs in a thread of this process, with its worker in another process."""
 
@@ -46,11 +57,15 @@ class Running:
         self.built, self.url, self.loop = built, url, loop
 
     def client(self, **options) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=600, verify=_NO_TLS, **options)
+
+    @functools.cached_property
+    def shared(self) -> httpx.Client:
+        """A client for all threads."""
+        return self.client()
 
     def ask(self, input, path="/v1/embeddings", **fields) -> httpx.Response:
-        with self.client() as client:
-            return client.post(path, json={"input": input, **fields})
+        return self.shared.post(path, json={"input": input, **fields})
 
 
 @contextlib.contextmanager
@@ -80,14 +95,47 @@ def running(folder: Path, keys=(), more=(), wait=True, **changes):
             until(lambda: built.is_ready)
         yield one
     finally:
+        one.shared.close()
         server.should_exit = True
         thread.join(30)
         listening.close()
         assert not thread.is_alive()
 
 
-def until(condition, seconds=120.0) -> None:
+def until(condition, seconds=300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came to this"
         time.sleep(0.02)
+
+
+class Process:
+    """`jina-jax serve` with a model; the log is a file."""
+
+    def __init__(self, folder, path, *flags, **environment):
+        self.log = path / "log"
+        command = [sys.executable, "-m", "jina_jax", "serve", "--port", "0", *flags]
+        names = {"JINA_JAX_MODEL": str(folder), "JINA_JAX_CACHE": str(path / "xla")} | environment
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(command, stderr=file, cwd=ROOT, env=os.environ | names)
+
+    def events(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    @property
+    def url(self):
+        until(lambda: any(one["event"] == "listening" for one in self.events()) or self.process.poll() is not None)
+        return next(one["url"] for one in self.events() if one["event"] == "listening")
+
+    def ready(self):
+        def is_ready():
+            assert self.process.poll() is None, self.log.read_text()
+            return httpx.get(f"{self.url}/ready").status_code == 200
+
+        until(is_ready)
+        return self
+
+    def worker(self) -> psutil.Process:
+        """The process of the model."""
+        [child] = psutil.Process(self.process.pid).children()
+        return child

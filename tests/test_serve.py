@@ -69,7 +69,7 @@ class TestEmbeddings:
             return texts, task, size, fields["normalized"], late, found
 
         with concurrent.futures.ThreadPoolExecutor(64) as threads:
-            answers = list(threads.map(one, range(192)))
+            answers = list(threads.map(one, range(128)))
         for texts, task, size, normalized, late, found in answers:
             options = {"task": task, "dimensions": size, "normalize": normalized, "truncate": True}
             if late:
@@ -182,8 +182,8 @@ class TestErrors:
             b"[" * 100_000,
             b'{"input":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
             b'{"input":"a\\ud800b"}',
-            b'{"input":"a","dimensions":NaN}',
-            b'{"input":"a","dimensions":' + b"9" * 5000 + b"}",
+            b'{"input":NaN,"inputs":NaN}',
+            b'{"input":' + b"9" * 5000 + b"}",
             b'{"input":"' + b"x" * 70_000 + b'"',
             b"\0" * 1000,
         ],
@@ -280,7 +280,7 @@ class TestState:
             assert f"\njina_jax_{name}" in metrics
 
     def test_the_server_answers_while_the_model_computes(self, server):
-        texts = ["word " * 100] * 400
+        texts = ["word " * 100] * 100
         with concurrent.futures.ThreadPoolExecutor(1) as threads, server.client() as client:
             bulk = threads.submit(server.ask, texts)
             times = []
@@ -298,17 +298,19 @@ class TestState:
             head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             one.sendall(head.encode() + body)
             until(lambda: server.built.service.batcher.requests)
-        until(lambda: not server.built.service.batcher.requests, 10)
+        until(lambda: not server.built.service.batcher.requests)
         assert server.built.service.batcher.waiting_tokens == 0
-        until(lambda: server.built.service.metrics.cancelled._value.get() == before + 1, 10)
+        until(lambda: server.built.service.metrics.cancelled._value.get() == before + 1)
 
     def test_a_killed_worker_comes_back(self, server):
         supervisor: Supervisor = server.built.supervisor
+        batcher = server.built.service.batcher
+        until(lambda: not batcher.running)
         with concurrent.futures.ThreadPoolExecutor(2) as threads, server.client() as client:
-            accepted = threads.submit(server.ask, ["word " * 50] * 300, dimensions=4)
-            until(lambda: server.built.service.batcher.running)
+            accepted = threads.submit(server.ask, ["word " * 50] * 200, dimensions=4)
+            until(lambda: batcher.running)
             os.kill(supervisor.pid, signal.SIGKILL)
-            until(lambda: client.get("/ready").status_code == 503, 10)
+            until(lambda: client.get("/ready").status_code == 503)
             assert client.get("/live").status_code == 200
             assert client.get("/health").status_code == 503
             refused = server.ask("a")

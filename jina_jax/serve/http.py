@@ -52,7 +52,7 @@ def protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             """A client went."""
-            self._within(0)
+            self._within(0.0)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -67,13 +67,13 @@ def protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
         def on_headers_complete(self) -> None:
             """All headers of a request are there."""
-            self._within(0)
+            self._within(0.0)
             self.in_headers, self.header_bytes, self.body_left = False, 0, True
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
             """All of a request is there."""
-            self._within(0)
+            self._within(0.0)
             self.in_headers, self.body_left = True, False
             super().on_message_complete()
 
