@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jina_jax.batching import Text
-from jina_jax.serve.batcher import Batcher, Done, FullError, Job, WorkerLostError
+from jina_jax.serve.batcher import Batcher
+from jina_jax.serve.jobs import Done, FullError, Job, WorkerLostError
 
 WIDTH = 3
 

@@ -22,7 +22,8 @@ from jina_jax.serve.batcher import Batcher
 from jina_jax.serve.errors import ApiError
 from jina_jax.serve.gate import Gate, read_body, while_connected
 from jina_jax.serve.metrics import Metrics
-from jina_jax.serve.service import Answer, Ask, Served, Service
+from jina_jax.serve.prepare import Ask, Served
+from jina_jax.serve.service import Answer, Service
 from jina_jax.serve.settings import Settings
 from jina_jax.serve.supervisor import Supervisor
 from jina_jax.serve.worker import Ready, Spec

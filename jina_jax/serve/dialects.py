@@ -7,8 +7,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from jina_jax._version import __version__
-from jina_jax.serve import schema, wire
-from jina_jax.serve.service import Answer, Ask, Served
+from jina_jax.serve import fields, schema, wire
+from jina_jax.serve.prepare import Ask, Served
+from jina_jax.serve.service import Answer
 from jina_jax.serve.settings import Settings
 
 
@@ -16,10 +17,10 @@ def _task_of(input_type: str | None, field: str = "input_type") -> str | None:
     """The task that another API's word for it means."""
     if input_type is None:
         return None
-    if input_type not in schema.INPUT_TYPES:
-        known = ", ".join(schema.INPUT_TYPES)
-        raise schema.field_error(field, f"{input_type[:80]!r} is not one of {known}", input_type)
-    return schema.INPUT_TYPES[input_type]
+    if input_type not in fields.INPUT_TYPES:
+        known = ", ".join(fields.INPUT_TYPES)
+        raise fields.field_error(field, f"{input_type[:80]!r} is not one of {known}", input_type)
+    return fields.INPUT_TYPES[input_type]
 
 
 def from_jina(body: schema.EmbeddingRequest) -> Ask:
@@ -35,7 +36,7 @@ def from_jina(body: schema.EmbeddingRequest) -> Ask:
         ApiError: If it wants what this model does not have.
     """
     if body.return_multivector:
-        raise schema.field_error("return_multivector", "return_multivector is not possible with this model")
+        raise fields.field_error("return_multivector", "return_multivector is not possible with this model")
     return Ask(
         body.input,
         body.model,
@@ -52,7 +53,7 @@ def from_sagemaker(body: schema.InvocationRequest) -> schema.EmbeddingRequest:
     try:
         return schema.EmbeddingRequest.model_validate({**body.parameters, "input": body.data})
     except ValidationError as error:
-        raise schema.invalid(error.errors(include_url=False, include_context=False)) from None
+        raise fields.invalid(error.errors(include_url=False, include_context=False)) from None
 
 
 def from_tei(body: schema.TeiRequest) -> Ask:
@@ -69,7 +70,7 @@ def from_tei(body: schema.TeiRequest) -> Ask:
 def from_cohere(body: schema.CohereRequest) -> Ask:
     """What a client of Cohere wants; without a word about it, its texts are cut."""
     if body.truncate == "START":
-        raise schema.field_error("truncate", "texts are cut at their end only; send END or NONE", "START")
+        raise fields.field_error("truncate", "texts are cut at their end only; send END or NONE", "START")
     return Ask(
         body.texts,
         body.model,
@@ -108,10 +109,10 @@ def check_texts(body: schema.TokenizeRequest, settings: Settings) -> None:
         ApiError: Otherwise.
     """
     if not isinstance(body.inputs[0], str):
-        raise schema.field_error("inputs", "inputs must be texts")
+        raise fields.field_error("inputs", "inputs must be texts")
     if len(body.inputs) > settings.max_inputs:
         message = f"inputs has {len(body.inputs)} texts, at most {settings.max_inputs} go in a request; send several"
-        raise schema.field_error("inputs", message)
+        raise fields.field_error("inputs", message)
 
 
 def tokens_of(body: schema.TokenizeRequest, served: Served) -> bytes:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from jina_jax.serve.batcher import Done, Job
+from jina_jax.serve.jobs import Done, Job
 
 if TYPE_CHECKING:
     from jina_jax.serve.service import Note

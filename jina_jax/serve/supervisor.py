@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from jina_jax.serve.batcher import Done, Job, WorkerLostError
+from jina_jax.serve.jobs import Done, Job, WorkerLostError
 from jina_jax.serve.worker import Computed, Ready, Spec, packed
 
 log = logging.getLogger("jina_jax.serve")
