@@ -73,7 +73,9 @@ def running(folder: Path, keys=(), more=(), wait=True, **changes):
     """Serve a model until the context ends."""
     settings = Settings(**({"drain": 0.0, "log_requests": False} | changes))
     names = ["small", *more]
-    spec = Spec(tuple(ModelSpec(name, folder) for name in names), batch_tokens=settings.batch_tokens)
+    spec = Spec(
+        tuple(ModelSpec(name, folder) for name in names), batch_tokens=settings.batch_tokens, mesh=settings.mesh
+    )
     built = app.build(settings, spec, {"small": ("jina-embeddings-v3",), **dict.fromkeys(more, ())}, keys)
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(

@@ -458,3 +458,16 @@ def test_no_cors_by_default(server):
     with server.client() as client:
         ask = {"origin": "http://page.example", "access-control-request-method": "POST"}
         assert "access-control-allow-origin" not in client.options("/v1/embeddings", headers=ask).headers
+
+
+@pytest.mark.nightly
+def test_many_devices(folder, embedder):
+    with running(folder, mesh=(("data", -1), ("tensor", 2))) as one:
+        texts = [f"text number {number} " * (number % 9) for number in range(40)]
+        for task in (None, "separation"):
+            found = vectors(one.ask(texts, task=task))
+            np.testing.assert_allclose(found, embedder.encode(texts, task=task), atol=TOLERANCE)
+        late = vectors(one.ask(texts[1:4], late_chunking=True))
+        np.testing.assert_allclose(
+            late, embedder.encode_chunks(chunks=texts[1:4], task=None).embeddings, atol=TOLERANCE
+        )

@@ -3,6 +3,7 @@
 `python -m jina_jax.serve.worker FD` is started by `supervisor`, and ends when the other end of its pipe is closed.
 """
 
+import math
 import os
 import signal
 import sys
@@ -170,7 +171,7 @@ def serve(connection: Connection, spec: Spec) -> None:
     """
     import jax
 
-    from jina_jax import compilation
+    from jina_jax import compilation, sharding
     from jina_jax.embedder import BATCH_TOKENS, BATCH_TOKENS_ACCELERATOR
     from jina_jax.pipeline import AT_ONCE
 
@@ -181,11 +182,14 @@ def serve(connection: Connection, spec: Spec) -> None:
         for embedder in embedders.values():
             embedder.warmup(batch_tokens=spec.batch_tokens)
     configs = {name: embedder.config for name, embedder in embedders.items()}
+    first = next(iter(embedders.values()))
+    usual = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ACCELERATOR)
+    usual *= 1 if first.mesh is None else math.prod(sharding.parts(first.mesh))
     connection.send(
         Ready(
             configs,
             {name: embedder.dimensions for name, embedder in embedders.items()},
-            spec.batch_tokens or BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ACCELERATOR),
+            spec.batch_tokens or usual,
             sum(embedder.programs for embedder in embedders.values()),
             time.perf_counter() - start,
         )
