@@ -25,16 +25,21 @@ def vectors(texts: Sequence[str], folder: Path, encode: Callable[[list[str]], np
     """
     folder.mkdir(parents=True, exist_ok=True)
     keys = [_key(text) for text in texts]
-    shards = [np.load(file) for file in sorted(folder.glob("*.npz"))]
-    held = {key: i for i, key in enumerate(key for shard in shards for key in shard["keys"].tolist())}
-    parts, count = [shard["vectors"] for shard in shards], len(held)
+    held: dict[bytes, int] = {}
+    parts: list[np.ndarray] = []
+    count = 0
+    for file in sorted(folder.glob("*.npz")):
+        with np.load(file) as shard:
+            held |= {key: count + i for i, key in enumerate(shard["keys"].tolist())}
+            parts.append(shard["vectors"])
+        count += len(parts[-1])
     new = [one for one in dict(zip(keys, texts, strict=True)).items() if one[0] not in held]
     began = time.monotonic()
     for first in range(0, len(new), SHARD):
         part = dict(new[first : first + SHARD])
         parts.append(encode(list(part.values())).astype(np.float16))
-        with whole_file(folder / f"{_key(''.join(part.values())).decode()}.npz") as file:
-            np.savez(file, keys=np.array(list(part), "S32"), vectors=parts[-1])
+        with whole_file(folder / f"{_key(''.join(part.values())).decode()}.npz") as handle:
+            np.savez(handle, keys=np.array(list(part), "S32"), vectors=parts[-1])
         held |= {key: count + i for i, key in enumerate(part)}
         count += len(part)
         done = first + len(part)
