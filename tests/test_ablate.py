@@ -73,7 +73,7 @@ def test_table_7_is_every_size_with_matryoshka_on_and_off(monkeypatch, tmp_path,
         assert [str(size), f"{retrieval:.2f}", f"{sts:.2f}", "", ""] in rows
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_ablation_gives_the_same_table_twice(tmp_path, capsys):
     """T16: real runs, of a few steps."""
     data = Path(CONFIG).parent / "data"

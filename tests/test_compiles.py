@@ -12,6 +12,8 @@ from tests.benchmarks.compiles import GENERATIONS
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
+# An older and a newer one in every run; all of them take minutes.
+USUAL = ("v5e", "v6e")
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,7 +26,9 @@ def run(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in USUAL)) for name in GENERATIONS]
+)
 def test_kernels_compile(generation, tmp_path):
     """Forward and backward; float32 at a length that takes several spans of keys in the backward pass."""
     for dtype, length in (("bfloat16", "128"), ("float32", "16384")):
