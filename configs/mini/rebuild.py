@@ -2,7 +2,7 @@
 
     python -m configs.mini.rebuild --work build/mini --seed 0
 
-takes two to three hours on two cores, and some 3 GB of disk. What is done already is not done again: a run that was
+takes some hours on two cores, and some 3 GB of disk. What is done already is not done again: a run that was
 interrupted goes on, and another seed shares corpus, teacher and start. The model is WORK/runs/SEED/model, what was
 measured WORK/runs/SEED/results.json. Needs `pip install -e '.[train,notebooks]'` and the package registries.
 """
